@@ -37,7 +37,7 @@ demo: $(STAMP)
 	@$(OFFLINE) $(BIN)/vprune report $(OUT)
 
 test: $(STAMP)
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: $(STAMP)
 	$(OFFLINE) $(BIN)/python -m pytest -m slow
