@@ -14,21 +14,23 @@ from tests.packaging.conftest import Distributions
 # One worker builds once; the others would build again.
 pytestmark = pytest.mark.xdist_group("distributions")
 
-DATA = {
-    ".yaml",
-    ".safetensors",
-    ".json",
-    ".jsonl",
-    ".webp",
-    ".png",
-    ".jinja",
-    ".html",
-    ".css",
-    ".js",
-    ".txt",
-    ".ttf",
-    ".typed",
-}
+DATA = set(
+    [
+        ".yaml",
+        ".json",
+        ".jsonl",
+        ".jinja",
+        ".html",
+        ".css",
+        ".js",
+        ".txt",
+        ".safetensors",
+        ".webp",
+        ".png",
+        ".ttf",
+        ".typed",
+    ]
+)
 OUTSIDE = ("assets/figures/", "kernels/bench/")
 
 

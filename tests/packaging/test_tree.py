@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tomllib
 
 from tests.packaging.checkout import LINKS, ROOT, tree_files
@@ -14,7 +13,7 @@ PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz"}
 
 
 def test_the_links_are_relative_links() -> None:
-    assert {name: os.readlink(ROOT / "vprune" / name) for name in LINKS} == LINKS
+    assert {name: str((ROOT / "vprune" / name).readlink()) for name in LINKS} == LINKS
 
 
 def test_the_root_folder_kernels_is_no_package() -> None:
