@@ -101,13 +101,18 @@ def kernels_path(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def test_transformers_from_the_root_never_takes_our_folder(kernels_path: str) -> None:
     code = """
-import sys, pathlib
+import importlib.util, json
 import transformers
-from transformers import LlavaForConditionalGeneration, AutoProcessor
-module = sys.modules.get("kernels")
-print(module is not None and pathlib.Path(next(iter(module.__path__))).resolve() == pathlib.Path("kernels").resolve())
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers.utils import is_kernels_available
+spec = importlib.util.find_spec("kernels")
+print(json.dumps({"available": is_kernels_available(), "origin": spec and spec.origin}))
 """
-    assert python(code, ROOT, PYTHONPATH=kernels_path) == "False"
+    found = json.loads(python(code, ROOT, PYTHONPATH=kernels_path).splitlines()[-1])
+    if kernels_path:
+        assert found["origin"] == str(Path(kernels_path) / "kernels" / "__init__.py")
+    assert found["origin"] or not found["available"]
+    assert not (found["origin"] or "").startswith(str(ROOT / "kernels"))
 
 
 def test_pytest_from_the_root_is_clean(kernels_path: str, tmp_path: Path) -> None:
