@@ -14,23 +14,24 @@ from tests.packaging.conftest import Distributions
 # One worker builds once; the others would build again.
 pytestmark = pytest.mark.xdist_group("distributions")
 
-DATA = {f".{ending}" for ending in "yaml json jsonl jinja html css js txt safetensors webp png ttf typed".split()}
-    [
-        ".yaml",
-        ".json",
-        ".jsonl",
-        ".jinja",
-        ".html",
-        ".css",
-        ".js",
-        ".txt",
-        ".safetensors",
-        ".webp",
-        ".png",
-        ".ttf",
-        ".typed",
+DATA = {
+    f".{ending}"
+    for ending in [
+        "yaml",
+        "json",
+        "jsonl",
+        "jinja",
+        "html",
+        "css",
+        "js",
+        "txt",
+        "safetensors",
+        "webp",
+        "png",
+        "ttf",
+        "typed",
     ]
-)
+}
 OUTSIDE = ("assets/figures/", "kernels/bench/")
 
 

@@ -73,7 +73,7 @@ def fake_kernels(folder: Path) -> Path:
     package = folder / "kernels"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(
-        "__version__ = '0.10.0'\n"
+        "__version__ = '0.18.2'\n"
         "class _Anything:\n"
         "    def __init__(self, *args, **kwargs): pass\n"
         "    def __call__(self, *args, **kwargs): return self\n"
@@ -81,9 +81,9 @@ def fake_kernels(folder: Path) -> Path:
         "    if name.startswith('__'): raise AttributeError(name)\n"
         "    return _Anything\n"
     )
-    metadata = folder / "kernels-0.10.0.dist-info"
+    metadata = folder / "kernels-0.18.2.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.10.0\n")
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
     return folder
 
 
