@@ -14,7 +14,7 @@ from tests.packaging.conftest import Distributions
 # One worker builds once; the others would build again.
 pytestmark = pytest.mark.xdist_group("distributions")
 
-DATA = {
+DATA = {".yaml", ".json", ".jsonl", ".jinja", ".css", ".js", ".txt", ".safetensors", ".webp", ".png", ".ttf", ".typed"}
     f".{ending}"
     for ending in [
         "yaml",

@@ -43,7 +43,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 def state():
     return [torch.get_default_dtype().__str__(), torch.get_num_threads(), torch.is_grad_enabled(), torch.initial_seed(),
             sorted(ALL_ATTENTION_FUNCTIONS.valid_keys()), torch.backends.cuda.flash_sdp_enabled(),
-            torch.nn.Module.__call__.__qualname__, transformers.PreTrainedModel.generate.__qualname__,
+            torch.nn.Module.__call__.__qualname__, transformers.GenerationMixin.generate.__qualname__,
             len(torch.nn.modules.module._global_forward_hooks), len(torch.nn.modules.module._global_forward_pre_hooks)]
 before = state()
 start = time.perf_counter()
