@@ -15,23 +15,6 @@ from tests.packaging.conftest import Distributions
 pytestmark = pytest.mark.xdist_group("distributions")
 
 DATA = {".yaml", ".json", ".jsonl", ".jinja", ".css", ".js", ".txt", ".safetensors", ".webp", ".png", ".ttf", ".typed"}
-    f".{ending}"
-    for ending in [
-        "yaml",
-        "json",
-        "jsonl",
-        "jinja",
-        "html",
-        "css",
-        "js",
-        "txt",
-        "safetensors",
-        "webp",
-        "png",
-        "ttf",
-        "typed",
-    ]
-}
 OUTSIDE = ("assets/figures/", "kernels/bench/")
 
 
