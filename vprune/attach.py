@@ -1,0 +1,219 @@
+"""`prune(model, ...)`: hooks on, hooks off, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+from weakref import WeakSet
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from vprune.errors import VPruneError
+from vprune.models.anatomy import Anatomy, carries_images, dissect, visual_places
+from vprune.models.cache import StoredRows, first_logical, record_dropped, stored_length, widened
+from vprune.models.masks import prefill_mask, refuse_bias, stored_mask
+from vprune.models.prefill import read_prefill, restored, with_cache
+from vprune.models.tower import TowerWatch
+from vprune.pruner import Pruner, Resize, load_method
+from vprune.records import PruneReport
+from vprune.shortening import Shortening, plan_prefill
+
+_PRUNED: WeakSet[nn.Module] = WeakSet()  # models with hooks on, so that nesting can be refused
+
+
+def prune(model: Any, method: str | Pruner = "attention", keep: float | int | None = None, **options: Any) -> Pruning:
+    """Prune the visual tokens of a Hugging Face vision-language model while it generates.
+
+    Args:
+        model: a vision-language model instance, as AutoModelForImageTextToText loads it.
+        method: a name in conf/method/ (`vprune.method_names()`), or a `Pruner`.
+        keep: what stays of every image: a fraction in (0, 1], or a number of tokens (int >= 1); None = the method's default, 0.1.
+        options: the method's own: layer, recycle ("none", "grid"), cells, size_aware, seed ... None = its default.
+
+    Returns:
+        A context manager; also `.attach()` and `.detach()`. `.last` is the `PruneReport` of the last prefill.
+
+    Raises:
+        VPruneError: unknown method or option, keep out of range, not a vision-language model.
+
+    Example:
+        >>> with vprune.prune(model, method="attention", keep=0.1) as pruning:
+        ...     out = model.generate(**processor(images=image, text=prompt, return_tensors="pt"), max_new_tokens=32)
+        >>> pruning.last.tokens_before, pruning.last.tokens_after
+        (576, 57)
+    """
+    if isinstance(method, Pruner):
+        if options:
+            raise VPruneError(f"options {', '.join(options)} were given with a Pruner object: set them on the object")
+        pruner = method if keep is None else method.with_keep(keep)
+    else:
+        pruner = load_method(method, keep=keep, **options)
+    return Pruning(model, pruner)
+
+
+class Pruning:
+    """Pruning of one model instance; see `prune`.
+
+    `evidence`: a list of bool masks [H, W] (or None), one per image of the batch in order, consumed by the next prefill; only
+    methods with `needs_evidence` read it. `last`: the report of the last prefill, None before it (and for method=full).
+
+    Raises:
+        VPruneError: `model` is no vision-language model.
+    """
+
+    def __init__(self, model: Any, pruner: Pruner) -> None:
+        self.pruner = pruner
+        self.evidence: Sequence[Any] | None = None
+        self.last: PruneReport | None = None
+        self._anatomy: Anatomy = dissect(model)
+        scorer = pruner.scorer
+        self._tower = TowerWatch(
+            self._anatomy,
+            fingerprints=pruner.selector.fingerprints,
+            attention_layer=None if scorer is None else scorer.tower_layer,
+            small_grid=pruner.small_grid if isinstance(pruner, Resize) else None,
+        )
+        self._attached = False
+        self._handles: list[RemovableHandle] = []
+        self._visual: Tensor | None = None  # places of this forward's visual tokens, bool [B, L]
+        self._passage: _Passage | None = None  # the shortened prefill that the decoder is running
+
+    def __enter__(self) -> Pruning:
+        self.attach()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def attach(self) -> Pruning:
+        """Put the hooks on.
+
+        Raises:
+            VPruneError: the model is being pruned already.
+        """
+        base, decoder = self._anatomy.base, self._anatomy.decoder
+        if base in _PRUNED:
+            raise VPruneError("this model is being pruned already: leave the other `with vprune.prune(...)` block first (or detach())")
+        if self.pruner.hooked:
+            if self.pruner.size_aware:
+                refuse_bias(self._anatomy.backend, self._sliding)
+            try:
+                self._handles = self._tower.attach()
+                self._handles += [
+                    base.register_forward_pre_hook(self._before_base, with_kwargs=True),
+                    base.register_forward_hook(self._after_base, always_call=True),
+                    decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+                    decoder.register_forward_hook(self._after_decoder),
+                ]
+                if "flash" in self._anatomy.backend:
+                    layers = self._anatomy.layers
+                    self._handles += [layer.register_forward_pre_hook(self._before_layer, with_kwargs=True) for layer in layers]
+            except VPruneError:
+                self._remove_hooks()
+                raise
+        _PRUNED.add(base)
+        self._attached = True
+        return self
+
+    def detach(self) -> None:
+        """Take the hooks off; the model is as it was. Detaching twice does nothing."""
+        if self._attached:
+            _PRUNED.discard(self._anatomy.base)
+            self._attached = False
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._forget()
+        self._tower.forget()
+
+    @property
+    def _sliding(self) -> bool:
+        return "sliding_attention" in (getattr(self._anatomy.decoder.config, "layer_types", None) or ())
+
+    def _forget(self) -> None:
+        self._visual = self._passage = None
+
+    def _before_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._forget()
+        if not carries_images(kwargs):
+            return
+        if kwargs.get("mm_encoder_outputs") is None:
+            self._tower.forget()  # the tower runs inside this forward; what it saw before belongs to no one
+        input_ids = args[0] if args else kwargs.get("input_ids")
+        self._visual = visual_places(self._anatomy, input_ids, kwargs.get("inputs_embeds"))
+
+    def _after_base(self, base: nn.Module, args: Any, output: Any) -> None:
+        if self._visual is not None:
+            self._tower.forget()
+        self._forget()
+
+    def _before_decoder(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if kwargs.get("inputs_embeds") is None:
+            return None
+        if self._visual is not None and bool(self._visual.any()):
+            kwargs = self._shorten(with_cache(self._anatomy, kwargs), self._visual)
+        layer = first_logical(kwargs.get("past_key_values"))
+        if layer is not None and self._passage is None:
+            # Earlier turns were pruned: the caller's mask is over tokens seen, not over rows stored.
+            inputs, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+            stored = stored_length(kwargs["past_key_values"])
+            masked = stored_mask(layer, mask, stored, inputs, self._anatomy.backend, self._sliding)
+            kwargs = {**kwargs, "attention_mask": masked}
+        return args, kwargs
+
+    def _shorten(self, kwargs: dict[str, Any], visual: Tensor) -> dict[str, Any]:
+        """Plan this prefill and, unless everything stays, exchange the decoder's inputs for shorter ones."""
+        prefill = read_prefill(self._anatomy, kwargs, visual, self._tower.images, self.evidence)
+        self.evidence = None
+        short, self.last = plan_prefill(self.pruner, prefill)
+        if short is None:
+            return kwargs
+        embeds, layer = short.shorten(prefill.hidden), first_logical(prefill.cache)
+        rows = prefill.past.continued(
+            prefill.stored, short.valid if short.padded else None, short.bias, short.index.shape, short.tail
+        )
+        self._passage = _Passage(short, prefill.cache, rows)
+        # Always a mask: without one, gaps between positions would read as several packed sequences.
+        masked = prefill_mask(
+            widened(rows.valid, embeds.shape[0], prefill.stored + embeds.shape[1], True, embeds.device),
+            rows.bias,
+            layer.dropped if layer is not None else 0,
+            embeds,
+            self._anatomy.backend,
+            self._sliding,
+        )
+        positions = short.shorten_positions(prefill.positions)
+        return {**kwargs, "inputs_embeds": embeds, "position_ids": positions, "attention_mask": masked}
+
+    def _after_decoder(self, decoder: nn.Module, args: Any, output: Any) -> Any:
+        if self._passage is None:
+            return None
+        short, width = self._passage.shortening, self._passage.shortening.index.shape[1]
+        if self._passage.cache is not None:
+            record_dropped(self._passage.cache, short.length - width, self._passage.rows)
+        return restored(output, short.restore, width)
+
+    def _before_layer(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # Flash attention reads gaps between position ids as borders of packed sequences; rotations are computed already.
+        return args, {**kwargs, "position_ids": None} if "position_ids" in kwargs else kwargs
+
+
+@dataclass(frozen=True)
+class _Passage:
+    """A shortened prefill on its way through the decoder: how it was shortened, and what the cache stores after it."""
+
+    shortening: Shortening
+    cache: Any
+    rows: StoredRows

@@ -1,0 +1,1 @@
+"""The only folder that knows how model families name their parts, and how the library beneath lays out caches and masks."""

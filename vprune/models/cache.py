@@ -1,0 +1,194 @@
+"""Cache layers with a logical length: what they have seen, while they store less.
+
+`generate` asks a cache how long it is to slice ids, count positions and size masks. After pruning, a layer stores fewer rows
+than it has seen; answering with the number seen, and with an offset for the mask (the contract of sliding windows), keeps
+all of that right by itself, for beams, crops and later turns too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache as memoise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vprune.errors import VPruneError
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """What is known of the first V rows that a cache layer stores; all later rows are valid and unmerged.
+
+    `valid` bool [B, V] (False: padding), None when all are; `bias` [B, V] float32, the log size of merged rows, None when there
+    is none. `floor` stored rows at the start may not be cropped one by one, since rows among them were dropped.
+    """
+
+    valid: Tensor | None
+    bias: Tensor | None
+    floor: int
+
+    def reordered(self, index: Tensor) -> StoredRows:
+        """The same for other rows of the batch, LongTensor or bool `index`."""
+        valid, bias = (None if part is None else part[index.to(part.device)] for part in (self.valid, self.bias))
+        return StoredRows(valid, bias, self.floor)
+
+    def repeated(self, repeats: int) -> StoredRows:
+        """The same with every row of the batch `repeats` times."""
+        valid, bias = (None if part is None else part.repeat_interleave(repeats, 0) for part in (self.valid, self.bias))
+        return StoredRows(valid, bias, self.floor)
+
+    def cropped(self, length: int) -> StoredRows:
+        """The same for the first `length` rows stored."""
+        valid, bias = (None if part is None else part[:, :length] for part in (self.valid, self.bias))
+        return StoredRows(valid, bias, self.floor)
+
+
+    def continued(self, stored: int, valid: Tensor | None, bias: Tensor | None, shape: torch.Size, tail: int) -> StoredRows:
+        """What is known after rows [B, K] of `shape` follow the `stored` ones; the last `tail` may be cropped one by one."""
+
+        def joined(old: Tensor | None, new: Tensor | None, fill: float | bool) -> Tensor | None:
+            known = new if new is not None else old
+            if known is None:
+                return None
+            batch, rows = shape
+            parts = (widened(old, batch, stored, fill, known.device), widened(new, batch, rows, fill, known.device))
+            return torch.cat(parts, 1)
+
+        return StoredRows(joined(self.valid, valid, True), joined(self.bias, bias, 0.0), stored + shape[1] - tail)
+
+
+NOTHING_KNOWN = StoredRows(None, None, 0)
+
+
+def widened(part: Tensor | None, batch: int, length: int, fill: float | bool, device: torch.device) -> Tensor:
+    """What is known of the first rows, [B, V], continued to [B, `length`] with `fill`."""
+    if part is None:
+        dtype = torch.bool if isinstance(fill, bool) else torch.float32
+        return torch.full((batch, length), fill, dtype=dtype, device=device)
+    return torch.nn.functional.pad(part[:, :length], (0, length - part[:, :length].shape[1]), value=fill).to(device)
+
+
+class LogicalLayer:
+    """Mixed into a cache layer's own class: length and mask sizes count the dropped rows, storage does not."""
+
+    dropped: int
+    rows: StoredRows
+    _physical: int
+
+    @contextmanager
+    def physical(self) -> Iterator[None]:
+        """Within the block the layer answers with what it stores."""
+        self._physical += 1
+        try:
+            yield
+        finally:
+            self._physical -= 1
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+        """Tokens seen."""
+        length = super().get_seq_length(*args, **kwargs)  # type: ignore[misc]
+        return length if self._physical else length + self.dropped
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """(keys stored after the next rows, offset of the first of them)."""
+        with self.physical():
+            length, offset = super().get_mask_sizes(*args, **kwargs)  # type: ignore[misc]
+        return length, offset + self.dropped
+
+    def crop(self, length: int) -> None:
+        """Crop to `length` tokens seen, or, if negative, by so many tokens."""
+        if length > 0:
+            length = min(0, length - int(self.get_seq_length()))
+        with self.physical():
+            stored = int(self.get_seq_length())
+            if stored + length < self.rows.floor:
+                raise VPruneError(
+                    f"cannot crop {-length} of {stored} stored rows: the first {self.rows.floor} hold a pruned image; "
+                    "start with a new cache instead"
+                )
+            if length < 0:
+                super().crop(length)  # type: ignore[misc]
+        self.rows = self.rows.cropped(stored + length)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        with self.physical():
+            super().reset()  # type: ignore[misc]
+        self.dropped, self.rows = 0, NOTHING_KNOWN
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self.rows = self.rows.reordered(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self.rows = self.rows.repeated(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows of the batch."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self.rows = self.rows.reordered(indices)
+
+
+@memoise
+def _logical_class(own: type) -> type:
+    # Without its own `_layer_type` the library does not register the class as the one to build caches from.
+    return type(f"Logical{own.__name__}", (LogicalLayer, own), {"_layer_type": None})
+
+
+def first_logical(cache: Any) -> LogicalLayer | None:
+    """The first layer of a cache that was pruned, None when none was."""
+    return next((layer for layer in getattr(cache, "layers", ()) if isinstance(layer, LogicalLayer)), None)
+
+
+def stored_length(cache: Any) -> int:
+    """The number of rows the cache's first layer stores."""
+    if cache is None or not cache.layers:
+        return 0
+    layer = cache.layers[0]
+    if isinstance(layer, LogicalLayer):
+        with layer.physical():
+            return int(layer.get_seq_length())
+    return int(layer.get_seq_length())
+
+
+def record_dropped(cache: Any, dropped: int, rows: StoredRows) -> None:
+    """Tell every layer that `dropped` of the tokens it has just seen were never stored, and what its rows are."""
+    for number, layer in enumerate(cache.layers):
+        if not isinstance(layer, LogicalLayer):
+            # Assigning __class__ fails for differing layouts: a new object takes over the attributes instead.
+            logical = object.__new__(_logical_class(type(layer)))
+            logical.__dict__ = layer.__dict__
+            logical.dropped, logical._physical = 0, 0
+            cache.layers[number] = layer = logical
+        layer.dropped += dropped
+        layer.rows = rows
+
+
+def past_keys_values(cache: Any, layer: int) -> tuple[Tensor, Tensor] | None:
+    """Keys and values [B, G, S, D] that a layer stores, None when it stores nothing."""
+    length = stored_length(cache)
+    if not length:
+        return None
+    stored = cache.layers[layer]
+    return stored.keys[:, :, :length], stored.values[:, :, :length]
+
+
+class PastView:
+    """A cache that is read and never written: earlier turns are seen, nothing of the probing is stored."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The stored rows followed by the given ones."""
+        past = past_keys_values(self._cache, layer)
+        if past is None:
+            return keys, values
+        return torch.cat([past[0].to(keys.device), keys], -2), torch.cat([past[1].to(values.device), values], -2)

@@ -1,0 +1,105 @@
+"""Attention masks over what is stored, built without a glance at the values (no host sync while decoding)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vprune.errors import VPruneError
+from vprune.models.cache import LogicalLayer, widened
+
+_DENSE_BACKENDS = ("eager", "sdpa")
+
+
+def attention_mask_4d(valid: Tensor, bias: Tensor | None, queries: int, backend: str, dtype: torch.dtype) -> Tensor:
+    """The causal mask of the last `queries` of N rows: [B, 1, queries, N], bool for sdpa, else (and with a bias) additive.
+
+    `valid` bool [B, N]; `bias` [B, N] is added where a row may be seen.
+    """
+    length = valid.shape[1]
+    index = torch.arange(length, device=valid.device)
+    allowed = valid[:, None, None] & (index <= index[length - queries :, None])
+    if bias is None and backend == "sdpa":
+        return allowed
+    shift = torch.zeros((), dtype=dtype, device=valid.device) if bias is None else bias[:, None, None].to(dtype)
+    return torch.where(allowed, shift, torch.finfo(dtype).min)
+
+
+def new_rows_valid(mask: Any, queries: int, device: torch.device) -> Tensor | None:
+    """Which of the `queries` newest rows are no padding, bool [B, queries], from whatever mask the caller passed.
+
+    Raises:
+        VPruneError: the mask is none of those that `generate` and ordinary callers pass.
+    """
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask[:, -queries:].to(device=device, dtype=torch.bool)
+    shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    raise VPruneError(f"attention_mask of {shape}: pruning needs the 2-D mask [batch, length] of the prompt, or none")
+
+
+def stored_mask(
+    layer: LogicalLayer, mask: Any, stored: int, inputs: Tensor, backend: str, sliding: bool
+) -> Tensor | None:
+    """The mask for `inputs` [B, Q, D] that follow `stored` rows of a pruned cache.
+
+    None when one query sees every row and none is merged; 4-D for the dense backends; else the 2-D mask over all tokens seen,
+    whose last columns are the rows stored (the contract of sliding windows).
+    """
+    batch, queries = inputs.shape[:2]
+    if layer.rows.valid is None and layer.rows.bias is None and queries == 1:
+        return None
+    valid = widened(layer.rows.valid, batch, stored + queries, True, inputs.device)
+    # A single new token always sees itself: its own column of the mask carries no news.
+    newest = None if queries == 1 else new_rows_valid(mask, queries, inputs.device)
+    if newest is not None:
+        valid = torch.cat([valid[:, :stored], newest], 1)
+    return finished_mask(valid, layer.rows.bias, queries, layer.dropped, inputs, backend, sliding)
+
+
+def prefill_mask(
+    valid: Tensor, bias: Tensor | None, dropped: int, inputs: Tensor, backend: str, sliding: bool
+) -> Tensor:
+    """The mask for a shortened prefill `inputs` [B, K, D] over `valid` bool [B, S + K]: 2-D as callers pass it, which leaves
+    the choice of the fast path to the library, or additive where sizes of merged rows count."""
+    if bias is None:
+        return _over_tokens_seen(valid, dropped)
+    return finished_mask(valid, bias, inputs.shape[1], dropped, inputs, backend, sliding)
+
+
+def finished_mask(
+    valid: Tensor, bias: Tensor | None, queries: int, dropped: int, inputs: Tensor, backend: str, sliding: bool
+) -> Tensor:
+    """The mask over `valid` bool [B, N], in the form that the backend takes.
+
+    Raises:
+        VPruneError: sizes of merged rows are to be added where the backend takes no additive mask.
+    """
+    if bias is not None:
+        refuse_bias(backend, sliding)
+        bias = widened(bias, valid.shape[0], valid.shape[1], 0.0, inputs.device)
+    if backend in _DENSE_BACKENDS and not sliding:
+        return attention_mask_4d(valid, bias, queries, backend, inputs.dtype)
+    return _over_tokens_seen(valid, dropped)
+
+
+def _over_tokens_seen(valid: Tensor, dropped: int) -> Tensor:
+    return torch.nn.functional.pad(valid, (dropped, 0), value=False)
+
+
+def refuse_bias(backend: str, sliding: bool) -> None:
+    """Refuse `size_aware` where attention takes no additive mask.
+
+    Raises:
+        VPruneError: always then, naming the backends that do.
+    """
+    if backend not in _DENSE_BACKENDS:
+        raise VPruneError(
+            f"size_aware=true with attention implementation {backend!r}: it takes no additive mask; "
+            f"use one of {', '.join(_DENSE_BACKENDS)} (model.set_attn_implementation('sdpa')) or size_aware=false"
+        )
+    if sliding:
+        raise VPruneError("size_aware=true on a decoder with sliding-window layers is not supported; use size_aware=false")

@@ -1,0 +1,94 @@
+"""What a decoder is called with: read for the method before, exchanged for something shorter, put back to length after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vprune.errors import VPruneError
+from vprune.models.anatomy import Anatomy, visual_layout
+from vprune.models.cache import NOTHING_KNOWN, StoredRows, first_logical, stored_length
+from vprune.models.masks import new_rows_valid
+from vprune.records import Prefill, TowerImage
+
+
+def with_cache(anatomy: Anatomy, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The decoder's arguments with the cache that it would otherwise make for itself, out of our sight.
+
+    Raises:
+        VPruneError: a static cache, which cannot hold fewer rows than it has seen.
+    """
+    cache, wanted = kwargs.get("past_key_values"), kwargs.get("use_cache")
+    if cache is None and (wanted or (wanted is None and getattr(anatomy.decoder.config, "use_cache", False))):
+        from transformers import DynamicCache
+
+        return {**kwargs, "past_key_values": DynamicCache(config=anatomy.decoder.config)}
+    if any(getattr(layer, "is_compileable", False) for layer in getattr(cache, "layers", ())):
+        raise VPruneError("a static cache cannot be pruned: leave cache_implementation at its default, 'dynamic'")
+    return kwargs
+
+
+def read_prefill(
+    anatomy: Anatomy, kwargs: dict[str, Any], visual: Tensor, tower: Sequence[TowerImage], evidence: Sequence[Any] | None
+) -> Prefill:
+    """Describe the prefill that the decoder is about to run with `kwargs`; `visual` bool [B, L].
+
+    Raises:
+        VPruneError: a mask that is not [batch, length], or visual tokens that are no whole images.
+    """
+    inputs, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    batch, length, _ = inputs.shape
+    valid = new_rows_valid(mask, length, inputs.device)
+    if valid is None:
+        valid = torch.ones((batch, length), dtype=torch.bool, device=inputs.device)
+    visual = visual.to(inputs.device) & valid
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        seen = int(cache.get_seq_length()) if cache is not None else 0
+        positions = torch.arange(seen, seen + length, device=inputs.device)[None]
+    stored = stored_length(cache)
+    return Prefill(
+        anatomy=anatomy,
+        hidden=inputs,
+        positions=positions,
+        valid=valid,
+        visual=visual,
+        images=visual_layout(anatomy, visual.cpu(), tower),
+        tower=list(tower),
+        evidence=evidence,
+        cache=cache,
+        stored=stored,
+        past=_past_rows(cache, mask, stored),
+    )
+
+
+def _past_rows(cache: Any, mask: Any, stored: int) -> StoredRows:
+    """What is known of the rows stored: by the cache itself once it was pruned, else by the mask of the whole prompt."""
+    layer = first_logical(cache)
+    if layer is not None:
+        return layer.rows
+    if not stored or not isinstance(mask, Tensor) or mask.ndim != 2:
+        return NOTHING_KNOWN
+    valid = mask[:, :stored].to(torch.bool)
+    return NOTHING_KNOWN if bool(valid.all()) else replace(NOTHING_KNOWN, valid=valid)
+
+
+def restored(output: Any, lengthen: Any, width: int) -> Any:
+    """The decoder's output with every hidden state [B, `width`, D] passed through `lengthen`."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == width:
+            return lengthen(value)
+        return value
+
+    if isinstance(output, tuple):
+        return (one(output[0]), *output[1:])
+    output["last_hidden_state"] = one(output["last_hidden_state"])
+    states = output.get("hidden_states")
+    if states is not None:
+        output["hidden_states"] = tuple(map(one, states))
+    return output

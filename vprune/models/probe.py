@@ -1,0 +1,127 @@
+"""Queries and keys of any attention layer, whatever the attention backend: the layer is called and stopped half-way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from vprune.errors import VPruneError
+from vprune.models.cache import PastView, widened
+from vprune.models.masks import attention_mask_4d
+from vprune.records import Prefill
+
+_PROBE = "vprune_probe"
+_LOCK = threading.RLock()  # a config is shared by all threads that run the model
+
+
+class Captured(Exception):
+    """Carries a layer's queries [B, H, R, D] and keys [B, G, N, D], normed and rotated as the layer does, and its scale."""
+
+    def __init__(self, query: Tensor, key: Tensor, scale: float) -> None:
+        super().__init__("an attention probe was not caught")
+        self.query, self.key, self.scale = query, key, scale
+
+
+def _stop(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> NoReturn:
+    scale = kwargs.get("scaling")
+    raise Captured(query, key, query.shape[-1] ** -0.5 if scale is None else float(scale))
+
+
+@contextmanager
+def attention_swapped(config: Any, implementation: str) -> Iterator[None]:
+    """Run with another attention implementation in `config`, under a lock, and put the own one back."""
+    with _LOCK:
+        own = config._attn_implementation
+        config._attn_implementation = implementation
+        try:
+            yield
+        finally:
+            config._attn_implementation = own
+
+
+@contextmanager
+def _probe_registered() -> Iterator[None]:
+    """The probe is known to the library only while it runs: leaving changes nothing anywhere."""
+    from transformers.modeling_utils import AttentionInterface
+
+    with _LOCK:
+        AttentionInterface.register(_PROBE, _stop)
+        try:
+            yield
+        finally:
+            AttentionInterface._global_mapping.pop(_PROBE, None)  # type: ignore[attr-defined]
+
+
+def capture(attention: nn.Module, *args: Any, **kwargs: Any) -> Captured:
+    """Call an attention module until its queries and keys are known, and return them.
+
+    Raises:
+        VPruneError: the module computes attention without the library's attention interface.
+    """
+    config: Any = attention.config
+    with _probe_registered(), attention_swapped(config, _PROBE):
+        try:
+            attention(*args, **kwargs)
+        except Captured as caught:
+            return caught
+    raise VPruneError(f"{type(attention).__name__} does not use the attention interface of transformers: choose another method")
+
+
+def layer_attention(prefill: Prefill, layer: int) -> Captured:
+    """Queries and keys of decoder layer `layer` over the unpruned prompt (keys of earlier turns first).
+
+    Layer 0 costs one norm and two projections; layer l runs the l layers below it over the whole prompt, always with the
+    same attention implementation, so that the result does not depend on the model's own.
+
+    Raises:
+        VPruneError: the decoder has no such layer.
+    """
+    layers = prefill.anatomy.layers
+    if not -len(layers) <= layer < len(layers):
+        raise VPruneError(f"layer={layer}: the decoder has layers 0 to {len(layers) - 1}")
+    decoder: Any = prefill.anatomy.decoder
+    chosen: Any = layers[layer]
+    with torch.no_grad():
+        hidden, past = prefill.hidden, PastView(prefill.cache) if prefill.cache is not None else None
+        rope = decoder.rotary_emb(hidden, prefill.positions)
+        below = layers[: layer % len(layers)]
+        if len(below):
+            mask = attention_mask_4d(
+                stored_and_new_valid(prefill), past_bias(prefill), hidden.shape[1], "sdpa", hidden.dtype
+            )
+            with attention_swapped(decoder.config, "sdpa"):
+                for module in below:
+                    hidden = module(
+                        hidden,
+                        attention_mask=mask,
+                        position_ids=prefill.positions,
+                        position_embeddings=rope,
+                        past_key_values=past,
+                    )
+                    hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        return capture(
+            chosen.self_attn,
+            hidden_states=chosen.input_layernorm(hidden),
+            position_embeddings=rope,
+            attention_mask=None,
+            past_key_values=past,
+        )
+
+
+def stored_and_new_valid(prefill: Prefill) -> Tensor:
+    """Which of the rows stored and the new ones are no padding, bool [B, S + L]."""
+    batch, device = prefill.valid.shape[0], prefill.valid.device
+    return torch.cat([widened(prefill.past.valid, batch, prefill.stored, True, device), prefill.valid], 1)
+
+
+def past_bias(prefill: Prefill) -> Tensor | None:
+    """The log sizes of the rows stored and (zero) of the new ones, [B, S + L], None when nothing stored is merged."""
+    if prefill.past.bias is None:
+        return None
+    batch, length = prefill.valid.shape
+    return widened(prefill.past.bias, batch, prefill.stored + length, 0.0, prefill.valid.device)

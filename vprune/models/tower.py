@@ -1,0 +1,127 @@
+"""What happens in the vision tower: its images are watched, and made smaller where a method asks for that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from torch.utils.hooks import RemovableHandle
+
+from vprune import kernels
+from vprune.errors import VPruneError
+from vprune.models.anatomy import Anatomy
+from vprune.models.probe import capture
+from vprune.records import TowerImage
+from vprune.selection import nearest_cells
+
+SmallGrid = Callable[[tuple[int, int]], tuple[int, int]]
+
+
+@dataclass
+class TowerWatch:
+    """Hooks on one vision tower; `images` fills up as the tower runs, in the order in which it sees them.
+
+    `fingerprints`: checksum the pixels. `attention_layer`: measure the attention that patches receive at that layer.
+    `small_grid`: resize the pixels so that the tower sees that grid (h', w') of patches instead of (h, w), and spread its
+    output back over (h, w).
+    """
+
+    anatomy: Anatomy
+    fingerprints: bool = False
+    attention_layer: int | None = None
+    small_grid: SmallGrid | None = None
+    images: list[TowerImage] = field(default_factory=list)
+    _fresh: list[TowerImage] = field(default_factory=list)
+
+    def attach(self) -> list[RemovableHandle]:
+        """Register the hooks; the handles remove them.
+
+        Raises:
+            VPruneError: the tower lacks what the method needs of it.
+        """
+        tower = self.anatomy.tower
+        if tower is None:
+            if self.attention_layer is not None or self.small_grid is not None:
+                raise VPruneError(f"{type(self.anatomy.base).__name__} has no vision tower that this method can use")
+            return []
+        handles = [tower.register_forward_pre_hook(self._before, with_kwargs=True)]
+        if self.small_grid is not None:
+            if "interpolate_pos_encoding" not in signature(tower.forward).parameters:
+                raise VPruneError(f"{type(tower).__name__} cannot interpolate its position encodings: choose pool instead of resize")
+            handles.append(tower.register_forward_hook(self._after))
+        if self.attention_layer is not None:
+            attentions = self.anatomy.tower_attentions()
+            if not -len(attentions) <= self.attention_layer < len(attentions):
+                raise VPruneError(f"tower_layer={self.attention_layer}: the tower has layers 0 to {len(attentions) - 1}")
+            watched = attentions[self.attention_layer]
+            handles.append(watched.register_forward_pre_hook(self._before_attention, with_kwargs=True))
+        return handles
+
+    def forget(self) -> None:
+        """Forget all images seen."""
+        self.images.clear()
+        self._fresh.clear()
+
+    def _before(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        pixels: Tensor = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
+        patch = int(tower.config.patch_size)  # type: ignore[union-attr,arg-type]
+        grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+        prints = fingerprints(pixels) if self.fingerprints else [0] * len(pixels)
+        self._fresh = [TowerImage(grid, fingerprint) for fingerprint in prints]
+        self.images.extend(self._fresh)
+        if self.small_grid is None or (small := self.small_grid(grid)) == grid:
+            return None
+        for image in self._fresh:
+            image.small_grid = small
+        size = (small[0] * patch, small[1] * patch)
+        # Interpolation of half-precision pixels is not implemented everywhere; a float32 copy of the pixels is cheap.
+        smaller = interpolate(pixels.float(), size, mode="bilinear", antialias=True, align_corners=False).to(pixels.dtype)
+        kwargs = {**kwargs, "interpolate_pos_encoding": True}
+        if "pixel_values" in kwargs:
+            return args, {**kwargs, "pixel_values": smaller}
+        return (smaller, *args[1:]), kwargs
+
+    def _after(self, tower: nn.Module, args: Any, output: Any) -> None:
+        if not self._fresh or (small := self._fresh[0].small_grid) is None:
+            return
+        grid = self._fresh[0].grid
+        source = nearest_cells(grid, small)
+        for name in ("last_hidden_state", "hidden_states"):
+            value = output.get(name)
+            if isinstance(value, tuple):
+                output[name] = tuple(None if part is None else spread(part, source, small) for part in value)
+            elif value is not None:
+                output[name] = spread(value, source, small)
+
+    def _before_attention(self, attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._fresh and self._fresh[0].received is not None:
+            return  # the capture below calls the module itself, and its hooks with it
+        for image in self._fresh:
+            image.received = torch.empty(0)
+        caught = capture(attention, *args, **kwargs)
+        patches = self._fresh[0].grid[0] * self._fresh[0].grid[1]
+        # A class token stands before the patches; its own view of them is then the tower's opinion.
+        has_class = caught.key.shape[2] > patches
+        query = caught.query[:, :, :1] if has_class else caught.query
+        received = kernels.column_mass(query, caught.key, scale=caught.scale)[:, -patches:].float().cpu()
+        for image, row in zip(self._fresh, received, strict=True):
+            image.received = row
+
+
+def fingerprints(pixels: Tensor) -> list[int]:
+    """A checksum of every image's pixel bits, the same whatever the batch."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[pixels.element_size()]
+    sums: list[int] = pixels.detach().contiguous().view(kind).flatten(1).sum(1, dtype=torch.int64).tolist()
+    return sums
+
+
+def spread(hidden: Tensor, source: Tensor, small: Sequence[int]) -> Tensor:
+    """Spread the rows of a small grid over the whole one; rows before the patches (a class token) stay."""
+    before = hidden.shape[1] - small[0] * small[1]
+    index = torch.cat([torch.arange(before), source + before])
+    return hidden[:, index.to(hidden.device)]

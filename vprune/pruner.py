@@ -1,0 +1,236 @@
+"""score -> select -> recycle -> shorten: a method, and how it is loaded by name."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from importlib import resources
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from vprune.errors import VPruneError
+from vprune.records import Grid, Prefill, Selection, TowerImage, VisualTokens
+from vprune.recycling import RECYCLERS, pool_cells, recycle, representatives
+from vprune.scoring import Scorer
+from vprune.selection import Selector, TopK, cells_within, nearest_cells
+
+_COMMON = ("layer", "seed")  # accepted by every method, so that sweeps can set them; used by those whose parts have them
+_PARTS = ("scorer", "selector")
+
+
+@dataclass
+class Pruner:
+    """A method of pruning: who matters, who stays, and what becomes of the rest.
+
+    Args:
+        keep: what stays of every image: a fraction in (0, 1], K = max(1, floor(keep * N)), or a number of tokens, an int >= 1.
+        scorer: gives the importance, None = the order does not depend on any.
+        selector: puts the tokens in the order in which they are kept.
+        recycle: "none" drops the pruned tokens; "grid" keeps the means of those in each of `cells` grid cells, within the budget.
+        cells: at most so many cells for recycle="grid"; 9, 4 or 1 where they would take more than half of the budget.
+        size_aware: add log(number of merged tokens) to the attention logits of merged rows, at every layer and step.
+        name: the method's name, for reports.
+
+    Raises:
+        VPruneError: a value is out of its range.
+
+    Example:
+        >>> from vprune.pruner import load_method
+        >>> load_method("attention", keep=64, layer=1).scorer
+        TextAttention(layer=1, pool='mean')
+    """
+
+    keep: float | int = 0.1
+    scorer: Scorer | None = None
+    selector: Selector = field(default_factory=TopK)
+    recycle: str = "none"
+    cells: int = 16
+    size_aware: bool = False
+    name: str = ""
+
+    hooked: ClassVar[bool] = True
+    resizes: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if self.recycle not in RECYCLERS:
+            raise VPruneError(f"recycle={self.recycle!r}: choose one of {', '.join(RECYCLERS)}")
+        if isinstance(self.cells, bool) or not isinstance(self.cells, int) or self.cells < 1:
+            raise VPruneError(f"cells={self.cells!r}: give a number of grid cells, at least 1")
+        if not isinstance(self.size_aware, bool):
+            raise VPruneError(f"size_aware={self.size_aware!r}: give true or false")
+
+    @property
+    def needs_evidence(self) -> bool:
+        """True for a method that reads `pruning.evidence`, which only an annotated benchmark has."""
+        return self.scorer is not None and self.scorer.needs_evidence
+
+    def with_keep(self, keep: float | int) -> Pruner:
+        """The same method with another budget."""
+        return replace(self, keep=keep)
+
+    def plan(self, prefill: Prefill) -> tuple[list[Selection], list[Tensor | None]]:
+        """Decide for every image of a prefill; returns the selections and the importance maps (float32 [N]).
+
+        Raises:
+            VPruneError: the budget is more than an image has, or the scorer lacks what it needs.
+        """
+        budgets = [budget_of(self.keep, image.grid) for image in prefill.images]
+        maps: Sequence[Tensor | None] = self.scorer(prefill) if self.scorer is not None else [None] * len(budgets)
+        seen = [prefill.tower[image.origin] if image.origin >= 0 else None for image in prefill.images]
+        planned = [self.plan_image(*one) for one in zip(prefill.images, budgets, maps, seen, strict=True)]
+        return planned, list(maps)
+
+    def plan_image(
+        self, image: VisualTokens, budget: int, importance: Tensor | None, seen: TowerImage | None
+    ) -> Selection:
+        """Decide for one image; `seen` is what was watched of it in the vision tower, None where nothing was."""
+        order = self.selector.order(importance, image.grid, budget, seen.fingerprint if seen else 0)
+        return recycle(self.recycle, order, image.grid, budget, self.cells)
+
+
+@dataclass
+class Full(Pruner):
+    """The model as it is: nothing is pruned, and nothing is hooked into its forward path.
+
+    Raises:
+        VPruneError: keep is not 1.
+    """
+
+    keep: float | int = 1.0
+
+    hooked: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep != 1:
+            raise VPruneError(f"method=full keeps everything: keep={self.keep!r} was given, only keep=1.0 is possible")
+
+
+@dataclass
+class Pool(Pruner):
+    """Average pooling: every row is the mean of a grid cell, as many cells as the budget holds; nothing is left to recycle."""
+
+    def plan_image(
+        self, image: VisualTokens, budget: int, importance: Tensor | None, seen: TowerImage | None
+    ) -> Selection:
+        """The means of the cells, each standing where its middle token stood."""
+        return pool_cells(image.grid, budget)
+
+
+@dataclass
+class Resize(Pruner):
+    """The image is resized so that the vision tower gives at most the budget's tokens; nothing is left to recycle.
+
+    The tower sees h' x w' patches with interpolated position encodings; each of its h' w' rows stands where the middle
+    one of the tokens that it replaces stood.
+    """
+
+    resizes: ClassVar[bool] = True
+
+    def small_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """The patch grid that the vision tower sees instead of (h, w)."""
+        return cells_within(*grid, budget_of(self.keep, (1, *grid)))
+
+    def plan_image(
+        self, image: VisualTokens, budget: int, importance: Tensor | None, seen: TowerImage | None
+    ) -> Selection:
+        """One row per token of the small grid.
+
+        Raises:
+            VPruneError: the image features were computed before the hooks were in place.
+        """
+        if seen is None:
+            raise VPruneError("method=resize: pass pixel_values inside the `with vprune.prune(...)` block")
+        return representatives(nearest_cells(seen.grid, seen.small_grid or seen.grid))
+
+
+def check_keep(keep: Any) -> None:
+    """Refuse what is neither a fraction in (0, 1] nor a token count.
+
+    Raises:
+        VPruneError: always then.
+    """
+    remedy = "give a fraction in (0, 1] or a token count per image (int >= 1)"
+    if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
+        raise VPruneError(f"keep={keep!r}: {remedy}")
+    if isinstance(keep, numbers.Integral):
+        if keep < 1:
+            raise VPruneError(f"keep={keep} is below 1: {remedy}")
+    elif not 0 < float(keep) <= 1:
+        raise VPruneError(f"keep={keep} is outside (0, 1]: {remedy}")
+
+
+def budget_of(keep: float | int, grid: Grid) -> int:
+    """The number of rows that stay of an image of `grid` (t, h, w).
+
+    Raises:
+        VPruneError: a token count above what the image has.
+    """
+    total = math.prod(grid)
+    if not isinstance(keep, numbers.Integral):
+        return max(1, math.floor(keep * total + 1e-9))
+    if keep > total:
+        shape = " x ".join(map(str, grid if grid[0] > 1 else grid[1:]))
+        raise VPruneError(f"keep={keep} but the image has {total} visual tokens ({shape}); give at most {total}, or a fraction in (0, 1]")
+    return int(keep)
+
+
+@lru_cache(maxsize=1)
+def method_names() -> list[str]:
+    """The names of all methods: the YAML files in conf/method/."""
+    folder = resources.files("vprune.conf") / "method"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_method(name: str, **options: Any) -> Pruner:
+    """Make the method of conf/method/NAME.yaml, with options in place of its defaults (None = the default).
+
+    Raises:
+        VPruneError: no such method, no such option, or a value out of range.
+
+    Example:
+        >>> load_method("random", keep=0.25, seed=3).keep
+        0.25
+    """
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    if not isinstance(name, str) or name not in method_names():
+        raise VPruneError(f"method={name!r} is unknown: choose one of {', '.join(method_names())}")
+    text = (resources.files("vprune.conf") / "method" / f"{name}.yaml").read_text(encoding="utf-8")
+    config: Any = OmegaConf.to_container(OmegaConf.create(text))
+    for option, value in options.items():
+        if value is not None:
+            _place(config, name, option, value)
+    config.pop("name", None)
+    return _instantiated(instantiate, config, name)
+
+
+def _place(config: dict[str, Any], name: str, option: str, value: Any) -> None:
+    """Put an option where the method has it: at the top, or in the one part that knows it."""
+    top = set(Pruner.__dataclass_fields__) - {"name", *_PARTS}
+    parts = {part: config[part] for part in _PARTS if isinstance(config.get(part), dict)}
+    owner = config if option in top else next((part for part in parts.values() if option in part), None)
+    if owner is not None:
+        owner[option] = value
+    elif option not in _COMMON:
+        known = top | {key for part in parts.values() for key in part if key != "_target_"} | set(_COMMON)
+        raise VPruneError(f"method={name!r} has no option {option!r}: it has {', '.join(sorted(known))}")
+
+
+def _instantiated(instantiate: Any, config: dict[str, Any], name: str) -> Pruner:
+    from hydra.errors import InstantiationException
+
+    try:
+        pruner: Pruner = instantiate(config, name=name)
+    except InstantiationException as error:
+        # Hydra wraps what a constructor raises; a user's mistake should read as one.
+        if isinstance(error.__cause__, VPruneError):
+            raise error.__cause__ from None
+        raise
+    return pruner

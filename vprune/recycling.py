@@ -1,0 +1,102 @@
+"""What becomes of the rest: pruned tokens dropped, or merged into a few rows of their own."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vprune.errors import VPruneError
+from vprune.records import Grid, Selection
+from vprune.selection import budget_cells, cell_of_token
+
+RECYCLERS = ("none", "grid")
+
+
+def keep_only(order: Tensor, budget: int) -> Selection:
+    """Keep the first `budget` of `order` (LongTensor [N]) and drop the rest."""
+    return Selection.pure(order[:budget].sort().values, order.numel())
+
+
+def reserved_cells(grid: Grid, budget: int, cells: int) -> Grid | None:
+    """The cells whose means are taken out of the budget: at most `cells`, at most half of it, None when there is no room."""
+    room = min(cells, budget // 2)
+    if room < 1:
+        return None
+    # Rounded down to a square, 16 -> 9 -> 4 -> 1: with few rows to spend, coarser cells leave more of them to selection.
+    t, h, w = budget_cells(grid, max(1, math.isqrt(room) ** 2))
+    return t, h, w
+
+
+def merge_cells(order: Tensor, grid: Grid, budget: int, cells: Grid) -> Selection:
+    """Keep the first tokens of `order` pure; the others of each grid cell become their mean, where its median one stood.
+
+    The rows are `budget` in all: a cell without a pruned token gives its row back to selection.
+    """
+    tokens = order.numel()
+    cell = cell_of_token(grid, cells)
+    count = math.prod(cells)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(tokens)
+    # A cell still needs a row after m tokens were kept if its last token ranks at m or later.
+    last = torch.full((count,), -1, dtype=torch.long).scatter_reduce(0, cell, rank, "amax")
+    kept_pure = budget - count
+    while kept_pure < budget and kept_pure + int((last >= kept_pure).sum()) < budget:
+        kept_pure += 1
+    pure = order[:kept_pure]
+    group = torch.full((tokens,), -1, dtype=torch.long)
+    rest = order[kept_pure:].sort().values
+    group[rest] = cell[rest]
+    standing = [rest[cell[rest] == number] for number in range(count)]
+    medians = torch.stack([members[(members.numel() - 1) // 2] for members in standing if members.numel()])
+    kept, place = torch.cat([pure, medians]).sort()
+    row = torch.empty_like(place)
+    row[place] = torch.arange(place.numel())
+    source = torch.full((tokens,), -1, dtype=torch.long)
+    source[pure] = row[:kept_pure]
+    filled = [number for number in range(count) if standing[number].numel()]
+    row_of_cell = torch.full((count,), -1, dtype=torch.long)
+    row_of_cell[torch.tensor(filled, dtype=torch.long)] = row[kept_pure:]
+    source[rest] = row_of_cell[cell[rest]]
+    assert kept.numel() == budget
+    return Selection.grouped(kept, source)
+
+
+def pool_cells(grid: Grid, budget: int) -> Selection:
+    """Every row the mean of a grid cell, standing where the cell's median token stood; at most `budget` rows."""
+    cell = cell_of_token(grid, budget_cells(grid, budget))
+    return means_in_place(cell)
+
+
+def means_in_place(cell: Tensor) -> Selection:
+    """One row per cell (LongTensor [N], the cell of each token), the mean of its tokens, where the middle one stood."""
+    count = int(cell.max()) + 1
+    members = cell.argsort(stable=True)
+    sizes = torch.bincount(cell, minlength=count)
+    first = sizes.cumsum(0) - sizes
+    medians = members[first + (sizes - 1) // 2]
+    kept, place = medians.sort()
+    row = torch.empty_like(place)
+    row[place] = torch.arange(count)
+    return Selection.grouped(kept, row[cell])
+
+
+def recycle(kind: str, order: Tensor, grid: Grid, budget: int, cells: int) -> Selection:
+    """Turn an order of keeping into a selection of `budget` rows.
+
+    Raises:
+        VPruneError: `kind` is unknown.
+    """
+    if kind not in RECYCLERS:
+        raise VPruneError(f"recycle={kind!r}: choose one of {', '.join(RECYCLERS)}")
+    room = reserved_cells(grid, budget, cells) if kind == "grid" and budget < order.numel() else None
+    return keep_only(order, budget) if room is None else merge_cells(order, grid, budget, room)
+
+
+def representatives(cell: Tensor) -> Selection:
+    """One row per cell (LongTensor [N], the cell of each token): its middle token, untouched, standing for all of them."""
+    merged = means_in_place(cell)
+    weights = torch.zeros_like(merged.weights)
+    weights[merged.kept] = 1.0
+    return Selection(merged.kept, merged.source, weights, merged.sizes)

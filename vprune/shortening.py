@@ -1,0 +1,139 @@
+"""From selections to a shorter batch: which columns stay, which are merged, and back to the caller's length."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vprune import kernels
+from vprune.pruner import Pruner
+from vprune.records import ImageReport, Prefill, PruneReport, Selection
+
+
+@dataclass(frozen=True)
+class Merges:
+    """Rows that become weighted sums: the m-th, at `targets[m]`, of `lengths[m]` of the `sources` (places in the flat [B * L])."""
+
+    targets: Tensor
+    sources: Tensor
+    lengths: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Shortening:
+    """How a batch [B, L] becomes [B, K].
+
+    `index` LongTensor [B, K]: the columns that stay, ascending, left-padded with -1; `tail`: how many of the last columns are the
+    last ones of the unpruned batch too, in every row; `bias` float32 [B, K]: log sizes, None when nothing is merged or sizes
+    are not to count; all on the device of the batch.
+    """
+
+    index: Tensor
+    length: int
+    tail: int
+    padded: bool
+    merges: Sequence[Merges]
+    bias: Tensor | None
+
+    @property
+    def valid(self) -> Tensor:
+        """bool [B, K], False where padded."""
+        return self.index >= 0
+
+    def shorten(self, hidden: Tensor) -> Tensor:
+        """[B, L, D] -> [B, K, D], merged rows put in."""
+        flat = hidden.flatten(0, 1)
+        for merge in self.merges:
+            # One image after the other: a row's value must not depend on what else is in the batch.
+            rows = kernels.recycle(flat, merge.sources, merge.lengths, merge.weights)
+            flat = flat.index_copy(0, merge.targets, rows)
+        return kernels.compact(flat.view_as(hidden), self.index)
+
+    def shorten_positions(self, positions: Tensor) -> Tensor:
+        """Position ids [..., B or 1, L] -> [..., B, K], the original values."""
+        index = self.index.clamp(min=0).expand(*positions.shape[:-2], *self.index.shape)
+        return positions.expand(*positions.shape[:-2], index.shape[-2], self.length).gather(-1, index)
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        """[B, K, D] -> [B, L, D], every row at its original place, zeros where tokens were dropped."""
+        batch, _, width = hidden.shape
+        # Padding goes to a column of its own behind the last one, which is cut off again.
+        places = torch.where(self.index >= 0, self.index, self.length)[..., None].expand(-1, -1, width)
+        return hidden.new_zeros((batch, self.length + 1, width)).scatter(1, places, hidden)[:, : self.length]
+
+
+def plan_prefill(pruner: Pruner, prefill: Prefill) -> tuple[Shortening | None, PruneReport]:
+    """Score, select and recycle; None instead of a shortening when everything stays as it is.
+
+    Raises:
+        VPruneError: as `Pruner.plan`.
+    """
+    start = time.perf_counter()
+    with torch.no_grad():
+        selections, maps = pruner.plan(prefill)
+        identity = all(selection.is_identity for selection in selections)
+        shortening = None if identity else shorten_batch(prefill, selections, pruner.size_aware)
+    seconds = time.perf_counter() - start
+    images = [
+        ImageReport(
+            sample=image.sample,
+            image=image.image,
+            grid=image.grid,
+            importance=None if importance is None else importance.float().reshape(image.grid),
+            kept=selection.kept,
+            source=selection.source,
+            sizes=selection.sizes,
+            tokens_before=len(image),
+            tokens_after=selection.kept.numel(),
+            seconds=seconds,
+            method=pruner.name,
+        )
+        for image, selection, importance in zip(prefill.images, selections, maps, strict=True)
+    ]
+    return shortening, PruneReport(images, seconds)
+
+
+def shorten_batch(prefill: Prefill, selections: Sequence[Selection], size_aware: bool) -> Shortening:
+    """Lay out the shorter batch: text untouched, of every image the rows that remain, padding only on the left."""
+    device = prefill.hidden.device
+    stays = prefill.valid.cpu().clone()
+    batch, length = stays.shape
+    sizes = torch.ones((batch, length))
+    merges, tail = [], length
+    for image, selection in zip(prefill.images, selections, strict=True):
+        row, columns = image.sample, image.columns
+        stays[row, columns] = False
+        stays[row, columns[selection.kept]] = True
+        sizes[row, columns[selection.kept]] = selection.sizes.float()
+        if not selection.is_identity:
+            tail = min(tail, length - 1 - int(columns[-1]))
+        merged = _merges(selection, row * length + columns)
+        if merged is not None:
+            merges.append(Merges(*(part.to(device) for part in merged)))
+    counts = stays.sum(-1)
+    width = int(counts.max())
+    index = torch.full((batch, width), -1, dtype=torch.long)
+    for row in range(batch):
+        index[row, width - int(counts[row]) :] = stays[row].nonzero().squeeze(-1)
+    bias = None
+    if size_aware and bool((sizes > 1).any()):
+        bias = sizes.gather(1, index.clamp(min=0)).log().masked_fill(index < 0, 0.0).to(device)
+    return Shortening(index.to(device), length, tail, bool((counts < width).any()), merges, bias)
+
+
+def _merges(selection: Selection, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """The rows of an image that are no single token, as (targets, sources, lengths, weights)."""
+    # A row whose own token holds the whole weight is that token: it is gathered, never summed.
+    mixed = selection.weights[selection.kept] != 1.0
+    if not bool(mixed.any()):
+        return None
+    rows = mixed.nonzero().squeeze(-1)
+    members = ((selection.source >= 0) & mixed[selection.source.clamp(min=0)]).nonzero().squeeze(-1)
+    members = members[selection.source[members].argsort(stable=True)]
+    lengths = torch.bincount(selection.source[members], minlength=mixed.numel())[rows]
+    return places[selection.kept[rows]], places[members], lengths, selection.weights[members]
