@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks, the run that asks a model every question, its metrics and its files."""

@@ -1,0 +1,104 @@
+"""The command `vprune eval`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from vprune.errors import VPruneError
+
+_DESCRIPTION = """\
+Ask a model every question of a benchmark, with visual tokens pruned, and score its answers.
+
+  vprune eval method=attention keep=0.1
+  vprune eval -m method=full,random,attention keep=0.5,0.25,0.1 limit=200
+  vprune eval model=llava-hf/llava-1.5-7b-hf benchmark=my/folder method=attention keep=64
+
+A killed run goes on where it was when the same command is given again; a finished one prints its table again."""
+
+
+def help_text() -> str:
+    """The groups with their entries and every option with its default and meaning, read from the YAML files."""
+    from importlib.resources import files
+
+    from vprune.eval.overrides import GROUPS, entries
+
+    lines = ["groups (group=entry):"]
+    also = {
+        "model": ", or a folder, or a hub id owner/name",
+        "benchmark": ", or a folder with samples.jsonl and its images",
+    }
+    lines += [f"  {group:<10} {' '.join(entries(group))}{also.get(group, '')}" for group in GROUPS]
+    lines += ["", "options (key=value), with their defaults:"]
+    for line in (files("vprune.conf") / "eval.yaml").read_text(encoding="utf-8").splitlines():
+        key, colon, rest = line.partition(": ")
+        if colon and not line.startswith((" ", "#")):
+            value, _, meaning = rest.partition(" # ")
+            lines.append(f"  {f'{key}={value.strip()}':<20} {meaning}".rstrip())
+    lines += [
+        "",
+        "Keys of an entry can be set too: model.revision=main benchmark.template='{question} Answer with one word.'",
+        "exit codes: 0 done, 1 some samples failed (they are named), 2 a mistake in the command or in a file",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `vprune eval` with these arguments and return its exit code; VPruneError for a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="vprune eval",
+        usage="vprune eval [-m] [key=value ...]",
+        description=_DESCRIPTION,
+        epilog=help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="what to run; groups, options and defaults below"
+    )
+    parser.add_argument("-m", "--multirun", action="store_true", help="sweep: run every combination of comma lists")
+    parser.add_argument("--cfg", action="store_true", help="print the composed configuration and run nothing")
+    arguments = parser.parse_intermixed_args(list(argv))
+    if arguments.cfg:
+        return _print_configurations(arguments.overrides, arguments.multirun)
+    return _run(arguments.overrides, arguments.multirun)
+
+
+def _print_configurations(overrides: Sequence[str], sweep: bool) -> int:
+    import yaml
+
+    from vprune.eval.settings import read_jobs
+
+    for job in read_jobs(overrides, sweep):
+        print(f"# {job.folder}\n{yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True)}")
+    return 0
+
+
+def _run(overrides: Sequence[str], sweep: bool) -> int:
+    from transformers.utils import logging
+
+    from vprune.eval.console import complain, failures, make_console, table
+    from vprune.eval.run import carry_out, plan
+    from vprune.eval.settings import read_jobs
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    console = make_console()
+    plans = [plan(job) for job in read_jobs(overrides, sweep)]
+    runs = []
+    mistakes = 0
+    for planned in plans:
+        try:
+            runs.append(carry_out(planned, console))
+        except VPruneError as error:
+            if len(plans) == 1:
+                raise
+            complain(f"{planned.job.folder.name}: {error}")
+            mistakes += 1
+    if runs:
+        console.print(table(runs))
+        console.print(f"written to {runs[0].folder if len(runs) == 1 else runs[0].folder.parent}", soft_wrap=True)
+    failed = [run for run in runs if run.metrics["failed"]]
+    for run in failed:
+        for line in failures(run):
+            complain(line)
+    return 2 if mistakes else 1 if failed else 0

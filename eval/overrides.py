@@ -1,0 +1,155 @@
+"""Command-line overrides -> plain configurations: Hydra composes, its complaints become VPruneErrors."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vprune.errors import VPruneError
+
+GROUPS = ("model", "method", "benchmark", "engine")
+_GENERIC = {"model": "hf", "benchmark": "folder"}
+_BESIDES = {"model": ", a local folder, a hub id owner/name", "benchmark": ", a folder with samples.jsonl"}
+_PATHS = ("out", "model", "benchmark", "model.path", "benchmark.path")
+_HUB_ID = r"[\w.-]+/[\w.-]+"
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A resolved configuration, and the overrides (key, value as written) that led to it."""
+
+    config: dict[str, Any]
+    overrides: tuple[tuple[str, str], ...]
+
+
+def compose_all(overrides: Sequence[str], sweep: bool = False) -> list[Composed]:
+    """The configuration that `overrides` ask for, or with `sweep` those of every combination of comma lists.
+
+    `model=` and `benchmark=` also take a folder (or a hub id) in place of an entry's name.
+    Raises VPruneError for anything that does not compose.
+    """
+    with initialize_config_module("vprune.conf", version_base="1.3", job_name="vprune"):
+        return [_composed(combination) for combination in _combinations(overrides, sweep)]
+
+
+def entries(group: str) -> list[str]:
+    """The names of a config group: its YAML files."""
+    folder = files("vprune.conf") / group
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def unknown(key: str, value: object, known: Sequence[str], besides: str = "") -> VPruneError:
+    """The error for a value that is none of those known, with the nearest one suggested."""
+    return VPruneError(f"{key}={value} is unknown{_nearest(str(value), known)}; there is {', '.join(known)}{besides}")
+
+
+def _combinations(overrides: Sequence[str], sweep: bool) -> list[list[Override]]:
+    parsed = _parse(overrides)
+    for override in parsed:
+        if override.is_delete():
+            raise VPruneError(f"{override.input_line}: nothing can be taken out of the configuration; try =null")
+        if override.is_sweep_override() and not sweep:
+            remedy = "add -m to run one after the other, or write key=[a,b] for a list"
+            raise VPruneError(f"{override.input_line} names several values; {remedy}")
+    if not sweep:
+        return [parsed]
+    try:
+        (batches,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    except HydraException as error:
+        raise VPruneError(f"this sweep is not possible: {error}; list the values, as in keep=0.5,0.25") from error
+    return [_parse(batch) for batch in batches]
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    parsed = []
+    for text in overrides:
+        key, _, value = text.partition("=")
+        try:
+            parsed += parser.parse_overrides([text])
+        except HydraException as error:
+            if key in _PATHS and value:  # a folder's name may hold signs that Hydra's grammar wants quoted
+                parsed += parser.parse_overrides([f"{key}={_quoted(value)}"])
+                continue
+            remedy = "put quotes around a value with blanks, commas or signs: key=\"'a, b'\""
+            raise VPruneError(f"{text!r} is not an override of the form key=value; {remedy}") from error
+    return parsed
+
+
+def _composed(overrides: Sequence[Override]) -> Composed:
+    lines = [line for override in overrides for line in _lines(override)]
+    try:
+        composed = compose("eval", overrides=lines, return_hydra_config=True)
+        method = composed.hydra.runtime.choices.method
+        config = OmegaConf.create({key: composed[key] for key in composed if key != "hydra"})
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except HydraException as error:
+        raise _complaint(error, lines) from error
+    except OmegaConfBaseException as error:
+        raise VPruneError(f"the configuration is incomplete or wrong: {str(error).splitlines()[0]}") from error
+    assert isinstance(plain, dict)
+    plain["method"] = {"name": method, **plain["method"]}
+    written = tuple((override.key_or_group, override.get_value_element_as_str()) for override in overrides)
+    return Composed({str(key): value for key, value in plain.items()}, written)
+
+
+def _lines(override: Override) -> list[str]:
+    """The override itself, or the generic entry of its group and the path that its value names."""
+    key, line = override.key_or_group, str(override.input_line)
+    if key not in GROUPS or override.package is not None or override.is_add():
+        return [line]
+    value = override.value()
+    name = value.text if isinstance(value, QuotedString) else str(value)
+    if name in entries(key):
+        return [line]
+    folder = Path(name).expanduser()
+    if key in _GENERIC and name.strip() and folder.is_dir():
+        name = str(folder.resolve())
+    elif key != "model" or not re.fullmatch(_HUB_ID, name):
+        raise unknown(key, name, entries(key), _BESIDES.get(key, ""))
+    return [f"{key}={_GENERIC[key]}", f"{key}.path={_quoted(name)}"]
+
+
+def _quoted(text: str) -> str:
+    return str(QuotedString(text=text, quote=Quote.single).with_quotes())
+
+
+def _complaint(error: HydraException, lines: Sequence[str]) -> VPruneError:
+    found = re.search(r"Could not override '([^']+)'", str(error))
+    if found is None:
+        return VPruneError(" ".join(str(error).split()))
+    key = found.group(1)
+    groups = [line for line in lines if line.partition("=")[0] in GROUPS]
+    known = [name for name in _flat(compose("eval", overrides=groups)) if not name.endswith("_target_")]
+    group = key.partition(".")[0]
+    shown = [name for name in known if name.startswith(f"{group}.")] if "." in key else []
+    shown = shown or [*GROUPS, *(name for name in known if "." not in name)]
+    return VPruneError(f"there is no option {key!r}{_nearest(key, known)}; there is {', '.join(shown)}")
+
+
+def _flat(config: DictConfig, prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for key in map(str, config):
+        opaque = OmegaConf.is_missing(config, key) or OmegaConf.is_interpolation(config, key)
+        value = None if opaque else config[key]
+        names += _flat(value, f"{prefix}{key}.") if isinstance(value, DictConfig) else [f"{prefix}{key}"]
+    return names
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,167 @@
+"""One run: every question of a benchmark put to a model, pruned by a method, and its answers written down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from rich.console import Console
+
+from vprune.errors import VPruneError
+from vprune.eval import batches as batching
+from vprune.eval import environment, models
+from vprune.eval.benchmarks.sample import Benchmark, Sample
+from vprune.eval.console import progress
+from vprune.eval.metrics import summarise
+from vprune.eval.predictor import Answer, Predictor
+from vprune.eval.results import Run, siblings, with_retention
+from vprune.eval.run_folder import RunFolder
+from vprune.eval.settings import PRUNING_OPTIONS, Job
+
+load_model = lru_cache(maxsize=1)(models.load)  # a sweep keeps its model; two large ones would not fit side by side
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job with everything about it that can be wrong checked, before any model is loaded."""
+
+    job: Job
+    benchmark: Benchmark
+    batches: list[list[Sample]]
+    folder: RunFolder
+    method: Any
+
+
+def plan(job: Job) -> Plan:
+    """Read the benchmark, make the method, look into the output folder.
+
+    Raises VPruneError for whatever of it is a mistake; nothing has been written by then, except a freshly drawn split.
+    """
+    method = _method(job)
+    path = job.config["model"]["path"]
+    models.resolve(path)
+    benchmark = load_benchmark(json.dumps(job.config["benchmark"]), str(job.shared))
+    if method is not None and method.needs_evidence and not benchmark.has_evidence:
+        raise VPruneError(
+            f"method={job.method} needs to know which objects each answer rests on, and benchmark={benchmark.name} has "
+            "no objects.json that says so; use benchmark=scenes, or another method"
+        )
+    fingerprints = {"model": models.fingerprint(path), "benchmark": benchmark.fingerprint}
+    folder = RunFolder(job.folder, {**job.config, "fingerprint": fingerprints}, job.overwrite)
+    folder.check()
+    samples = batching.draw(benchmark.samples, job.config["limit"], job.config["seed"])
+    return Plan(job, benchmark, batching.form(samples, job.config["batch_size"]), folder, method)
+
+
+def carry_out(plan: Plan, console: Console) -> Run:
+    """Do what is left of a planned run, and return it whole; a finished one is only read.
+
+    Raises VPruneError for mistakes that show only at the model, such as a keep larger than an image has tokens.
+    """
+    run = plan.folder.finished(plan.batches)
+    if run is not None:
+        console.print(f"{plan.job.folder} is finished; overwrite=true would run it again", soft_wrap=True)
+    else:
+        run = _continue(plan, console)
+    filled = with_retention(run, siblings(plan.job.folder))
+    return plan.folder.finish(filled.metrics) if filled is not run else run
+
+
+def _method(job: Job) -> Any:
+    if job.method == "full":
+        return None
+    from vprune.pruner import load_method
+
+    return load_method(job.method, **job.method_options)
+
+
+@lru_cache(maxsize=4)
+def load_benchmark(config: str, shared: str) -> Benchmark:
+    """The benchmark that a JSON `config` describes; splits drawn anew go below the folder `shared`."""
+    settings = json.loads(config)
+    if "cache" in settings:
+        settings["cache"] = settings["cache"] or shared
+    try:
+        benchmark: Benchmark = instantiate(settings)
+    except HydraException as error:
+        if isinstance(error.__cause__, VPruneError):
+            raise error.__cause__ from None
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise VPruneError(f"the benchmark cannot be made from {config}: {reason}") from error
+    return benchmark
+
+
+def _continue(plan: Plan, console: Console) -> Run:
+    job, config = plan.job, plan.job.config
+    done, rows, size = plan.folder.batches_done(plan.batches)
+    loaded = load_model(job.model_choice)
+    facts = environment.describe(loaded.device, loaded.dtype, loaded.revision)
+    total = sum(map(len, plan.batches))
+    with (
+        _attached(plan, loaded.model) as pruning,
+        plan.folder.writing(size, facts) as writer,
+        progress(
+            console, f"{job.method} {config['keep']}", total, len(rows), sum(row["correct"] for row in rows)
+        ) as meter,
+    ):
+        predictor = Predictor(
+            loaded,
+            plan.benchmark,
+            config["max_new_tokens"],
+            pruning=pruning,
+            wants_evidence=plan.method is not None and plan.method.needs_evidence,
+            blank=config["blank"],
+        )
+        left = plan.batches[done:]
+        for batch, answers in zip(left, predictor.run(left, config["engine"]["workers"]), strict=True):
+            fresh = [_row(plan.benchmark, sample, answer) for sample, answer in zip(batch, answers, strict=True)]
+            writer.append(fresh, predictor.take_seconds())
+            rows += fresh
+            meter.advance(len(fresh), sum(row["correct"] for row in fresh))
+        seconds = writer.seconds
+    return plan.folder.finish(_metrics(plan, rows, seconds))
+
+
+def _attached(plan: Plan, model: Any) -> Any:
+    if plan.method is None:
+        return nullcontext()
+    from vprune.attach import prune
+
+    return prune(model, method=plan.method, keep=plan.job.config["keep"])
+
+
+def _row(benchmark: Benchmark, sample: Sample, answer: Answer) -> dict[str, Any]:
+    row = {
+        "id": sample.id,
+        "kind": sample.kind,
+        "question": sample.question,
+        "answer": sample.answer,
+        "prediction": answer.text,
+        "correct": 0.0 if answer.error else benchmark.score(sample, answer.text),
+        "tokens_before": answer.tokens_before,
+        "tokens_after": answer.tokens_after,
+    }
+    return row | ({"error": answer.error} if answer.error else {})
+
+
+def _metrics(plan: Plan, rows: Sequence[dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:
+    config = plan.job.config
+    return {
+        **summarise(rows),
+        "retention": None,
+        "method": plan.job.method,
+        "keep": config["keep"],
+        "options": {key: config[key] for key in PRUNING_OPTIONS if config[key] is not None},
+        "model": config["model"]["name"],
+        "benchmark": plan.benchmark.name,
+        "seed": config["seed"],
+        "blank": config["blank"],
+        "seconds": seconds.pop("total", 0.0),
+        "seconds_split": seconds,
+    }
