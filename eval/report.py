@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from vprune.errors import VPruneError
-from vprune.eval.reporting.gather import Gathered, gather
+from vprune.eval.reporting.gather import gather
+from vprune.eval.reporting.sections import Gathered
 
 LEADERBOARD_MD, LEADERBOARD_JSON, INDEX = "leaderboard.md", "leaderboard.json", "index.html"
 GALLERY = 12
@@ -92,6 +92,6 @@ def _replace(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.draft")
     try:
         draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
+        draft.replace(path)
     except OSError as error:
         raise VPruneError(f"{path} cannot be written ({error})") from error

@@ -1,0 +1,161 @@
+"""Runs on disk -> sections in which everything may be compared, and a list of what could not be read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from vprune.errors import VPruneError
+from vprune.eval.reporting.sections import FULL, Entry, Gathered, Section
+from vprune.eval.results import CONFIG_FILE, METRICS_FILE, PREDICTIONS_FILE, Run, load_run
+
+OPTIONS = ("layer", "recycle", "size_aware", "stages", "backend")
+_PREDICTION = {"id", "kind", "question", "answer", "prediction", "correct"}
+# Told by the section, by the columns of the leaderboard, or of no consequence for the answers.
+_NOT_A_VARIANT = {"model", "benchmark", "limit", "keep", "blank", "fingerprint", "device", *OPTIONS}
+
+
+def gather(folder: Path) -> Gathered:
+    """Read every run in `folder` and below.
+
+    Raises VPruneError if `folder` does not exist or holds no finished run; broken runs beside sound ones are collected.
+    """
+    if not folder.is_dir():
+        raise VPruneError(f"{folder} is not a folder; name the one that `vprune eval` wrote to (out=DIR)")
+    runs: list[Run] = []
+    unfinished: dict[str, str] = {}
+    broken: dict[str, str] = {}
+    files = (path for name in (CONFIG_FILE, METRICS_FILE, PREDICTIONS_FILE) for path in folder.rglob(name))
+    for path in sorted({file.parent for file in files}):
+        name = path.relative_to(folder).as_posix()
+        if not (path / METRICS_FILE).is_file():
+            if (path / PREDICTIONS_FILE).is_file():
+                answered = (path / PREDICTIONS_FILE).read_bytes().count(b"\n")
+                unfinished[name] = f"{answered} questions answered so far; the same command goes on from there"
+            continue
+        try:
+            runs.append(_checked(load_run(path)))
+        except VPruneError as error:
+            broken[name] = str(error)
+    if not runs:
+        reasons = [f"{name}: {why}" for name, why in (unfinished | broken).items()]
+        why = ": " + "; ".join(reasons) if reasons else "; run `vprune eval` first"
+        raise VPruneError(f"{folder} holds no finished run{why}")
+    return Gathered(folder, tuple(_sections(runs, folder)), unfinished, broken)
+
+
+def _checked(run: Run) -> Run:
+    where, remedy = run.folder / METRICS_FILE, "rerun with overwrite=true"
+    for key in ("accuracy", "tokens_before", "tokens_after", "samples"):
+        value = run.metrics.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise VPruneError(f"{where}: {key} should be a number, got {value!r}; {remedy}")
+    for key in ("method", "model", "benchmark"):
+        if not isinstance(run.metrics.get(key), str):
+            raise VPruneError(f"{where}: {key} should be a name, got {run.metrics.get(key)!r}; {remedy}")
+    keep = run.metrics.get("keep")
+    if not isinstance(keep, int | float) or isinstance(keep, bool):
+        raise VPruneError(f"{where}: keep should be a number, got {keep!r}; {remedy}")
+    said, held = run.metrics["samples"], len(run.predictions)
+    if said != held or not held:
+        raise VPruneError(f"{where} speaks of {said} samples, {PREDICTIONS_FILE} holds {held}; {remedy}")
+    for number, row in enumerate(run.predictions, start=1):
+        if not isinstance(row, dict) or not row.keys() >= _PREDICTION:
+            raise VPruneError(f"{run.folder / PREDICTIONS_FILE}, line {number}: not a prediction; {remedy}")
+    return run
+
+
+def _sections(runs: Iterable[Run], folder: Path) -> list[Section]:
+    groups: dict[tuple[str, str, str, bool, str], list[Run]] = {}
+    for run in runs:
+        weights = str(_mapping(run.config.get("fingerprint")).get("model"))
+        task = (run.metrics["benchmark"], bool(run.config.get("blank")), _fingerprint(run))
+        groups.setdefault((weights, _model(run), *task), []).append(run)
+    sections = []
+    for (_, model, benchmark, blank, fingerprint), members in groups.items():
+        full = next((run for run in members if run.metrics["method"] == FULL), None)
+        entries = [_entry(run, members, full, folder) for run in members]
+        entries.sort(key=lambda entry: (not entry.is_full, -entry.share, -entry.accuracy, entry.label))
+        size = len(members[0].predictions)
+        sections.append(Section(model, benchmark, blank, size, fingerprint, tuple(entries)))
+    # The richest comparison first; blanked images, a control, last.
+    return sorted(sections, key=lambda section: (section.blank, -len(section.entries), section.title))
+
+
+def _entry(run: Run, members: Sequence[Run], full: Run | None, folder: Path) -> Entry:
+    metrics = run.metrics
+    retention = metrics.get("retention")
+    if full is not None and full.metrics["accuracy"]:
+        retention = metrics["accuracy"] / full.metrics["accuracy"]
+    return Entry(
+        run=run,
+        name=run.folder.relative_to(folder).as_posix(),
+        method=metrics["method"],
+        variant=_variant(run, [other for other in members if other.metrics["method"] == metrics["method"]]),
+        keep=metrics["keep"],
+        accuracy=metrics["accuracy"],
+        stderr=metrics.get("accuracy_stderr") or 0.0,
+        retention=retention,
+        tokens_before=metrics["tokens_before"],
+        tokens_after=metrics["tokens_after"],
+        seconds=metrics.get("seconds"),
+        by_kind=dict(metrics.get("accuracy_by_kind") or {}),
+        needs_annotation=_needs_annotation(metrics["method"]),
+    )
+
+
+def _variant(run: Run, peers: Sequence[Run]) -> str:
+    """The pruning options that are not the method's own, and whatever else differs between the runs of one method."""
+    own = _mapping(run.config.get("method"))
+    given = [_option(key, run.config[key]) for key in OPTIONS if run.config.get(key) not in (None, own.get(key))]
+    flat = {id(peer): _flat(peer.config) for peer in peers}
+    mine = flat[id(run)]
+    given += [_option(key, mine[key]) for key in mine if any(other.get(key) != mine[key] for other in flat.values())]
+    return ", ".join(given)
+
+
+def _option(key: str, value: Any) -> str:
+    if key == "size_aware":
+        return "size-aware" if value else "not size-aware"
+    if key == "recycle":
+        return "no recycling" if value == "none" else str(value)
+    return (
+        f"{key} {value}" if isinstance(value, int | float | str) and not isinstance(value, bool) else f"{key}={value}"
+    )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if prefix or key not in _NOT_A_VARIANT:
+            flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+@cache
+def _needs_annotation(method: str) -> bool:
+    from vprune.pruner import load_method
+
+    try:
+        return load_method(method).needs_evidence
+    except VPruneError:  # a method of another version or of the user's own: nothing is known about it
+        return False
+
+
+def _model(run: Run) -> str:
+    revision = _mapping(run.config.get("model")).get("revision")
+    return f"{run.metrics['model']} @ {revision}" if revision else str(run.metrics["model"])
+
+
+def _fingerprint(run: Run) -> str:
+    """Hash of the questions asked and the answers expected."""
+    asked = sorted((str(row["id"]), str(row["question"]), str(row["answer"])) for row in run.predictions)
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

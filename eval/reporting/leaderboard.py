@@ -1,0 +1,158 @@
+"""The leaderboard as data, as Markdown and as sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from statistics import fmean
+from typing import Any
+
+from vprune.eval.reporting.sections import Entry, Gathered, Section
+
+
+def rows(gathered: Gathered) -> list[dict[str, Any]]:
+    """`leaderboard.json`: one object a run, sections one after the other."""
+    return [_row(section, entry) for section in gathered.sections for entry in section.entries]
+
+
+def _row(section: Section, entry: Entry) -> dict[str, Any]:
+    return {
+        "method": entry.method,
+        "keep": entry.keep,
+        "accuracy": entry.accuracy,
+        "accuracy_stderr": entry.stderr,
+        "retention": entry.retention,
+        "tokens_after": entry.tokens_after,
+        "seconds": entry.seconds,
+        "by_kind": entry.by_kind,
+        "variant": entry.variant,
+        "recycle": entry.option("recycle"),
+        "size_aware": entry.option("size_aware"),
+        "layer": entry.option("layer"),
+        "needs_annotation": entry.needs_annotation,
+        "tokens_before": entry.tokens_before,
+        "model": section.model,
+        "benchmark": section.benchmark,
+        "blank": section.blank,
+        "samples": section.samples,
+        "samples_fingerprint": section.fingerprint,
+        "seed": entry.run.metrics.get("seed"),
+        "failed": entry.run.metrics.get("failed", 0),
+        "run": entry.name,
+    }
+
+
+def summary(section: Section) -> list[str]:
+    """The section in a few sentences: the full model, then who does best at which budget."""
+    asked = f"{section.samples:,} question{'s' if section.samples != 1 else ''}"
+    full = section.full
+    if full is not None:
+        right = f"the model answers {_percent(full.accuracy)} of {asked} right"
+        sentences = [f"Reading all {full.tokens_before:.0f} visual tokens, {right}."]
+    else:
+        sentences = [f"These runs asked {asked}; no run of the full model stands beside them."]
+    several = len({entry.label for budget in section.budgets for entry in section.at(budget)}) > 1
+    for label, budgets in groupby(filter(section.best, section.budgets), lambda budget: _best(section, budget).label):
+        bests = [_best(section, budget) for budget in budgets]
+        where = _listed([best.budget for best in bests])
+        where += " of the tokens" if all(isinstance(best.keep, float) for best in bests) else ""
+        kept = [best.retention for best in bests if best.retention is not None]
+        if len(kept) == len(bests):
+            what = f"keeping {_listed([_percent(value) for value in kept])} of the full model's accuracy"
+        else:
+            what = f"with {_listed([_percent(best.accuracy) for best in bests])} right"
+        sentences.append(f"At {where}, {label} {'does best' if several else 'is measured'}, {what}.")
+    annotated = sorted({entry.method for entry in section.pruned if entry.needs_annotation})
+    if annotated:
+        verb = "reads" if len(annotated) == 1 else "read"
+        sentences.append(f"{_listed(annotated)} {verb} the annotation: the ceiling, left out of this comparison.")
+    return sentences
+
+
+def _best(section: Section, budget: str) -> Entry:
+    best = section.best(budget)
+    assert best is not None
+    return best
+
+
+def _listed(words: Sequence[str]) -> str:
+    """Words as a sentence lists them: "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def markdown(gathered: Gathered) -> str:
+    """`leaderboard.md`: per section the sentences, accuracy by budget, and every run."""
+    parts = ["# Leaderboard", ""]
+    for section in gathered.sections:
+        parts += [f"## {section.title}", "", " ".join(summary(section)), ""]
+        parts += [
+            *_pivot(section),
+            "",
+            "<details><summary>Every run</summary>",
+            "",
+            *_every_run(section),
+            "",
+            "</details>",
+            "",
+        ]
+    for title, listed in (("Unfinished", gathered.unfinished), ("Could not be read", gathered.broken)):
+        if listed:
+            parts += [f"## {title}", "", *(f"- `{name}`: {why}" for name, why in listed.items()), ""]
+    return "\n".join(parts)
+
+
+def pivot(section: Section) -> tuple[list[str], list[list[str]]]:
+    """Accuracy by method and budget: the column titles, and rows of text with the method first."""
+    budgets = section.budgets
+    titles = ["method", *(["all tokens"] if section.full else []), *budgets]
+    lines = [["full model", _percent(section.full.accuracy), *[""] * len(budgets)]] if section.full else []
+    for label in dict.fromkeys(entry.label for entry in _by_strength(section)):
+        at = {entry.budget: entry for entry in section.pruned if entry.label == label}
+        mark = " *" if next(iter(at.values())).needs_annotation else ""
+        cells = [_percent(at[budget].accuracy) if budget in at else "" for budget in budgets]
+        lines.append([label + mark, *([""] if section.full else []), *cells])
+    return titles, lines
+
+
+def _by_strength(section: Section) -> list[Entry]:
+    """Pruned runs, the method with the best mean accuracy first."""
+    by_label: dict[str, list[float]] = {}
+    for entry in section.pruned:
+        by_label.setdefault(entry.label, []).append(entry.accuracy)
+    return sorted(section.pruned, key=lambda entry: (-fmean(by_label[entry.label]), entry.label))
+
+
+def _pivot(section: Section) -> list[str]:
+    titles, lines = pivot(section)
+    table = _markdown_table(titles, lines)
+    if any(entry.needs_annotation for entry in section.pruned):
+        table += ["", "\\* reads the annotation: a ceiling, no method."]
+    return table
+
+
+def _every_run(section: Section) -> list[str]:
+    titles = ["method", "keep", "tokens", "accuracy", "retention", "seconds", *section.kinds]
+    lines = [
+        [
+            entry.label,
+            entry.budget,
+            f"{entry.tokens_after:.1f}",
+            f"{_percent(entry.accuracy)} ± {100 * entry.stderr:.1f}",
+            _percent(entry.retention),
+            "" if entry.seconds is None else f"{entry.seconds:.1f}",
+            *(_percent(entry.by_kind.get(kind)) for kind in section.kinds),
+        ]
+        for entry in section.entries
+    ]
+    return _markdown_table(titles, lines)
+
+
+def _markdown_table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    def row(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [row(titles), "|---|" + "---:|" * (len(titles) - 1), *map(row, lines)]
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}%"

@@ -1,0 +1,170 @@
+"""`index.html`: one page that needs nothing beside it, neither network nor files."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import vprune
+from vprune.eval.reporting.curves import colours, curves
+from vprune.eval.reporting.gallery import Gallery
+from vprune.eval.reporting.leaderboard import summary
+from vprune.eval.reporting.sections import Entry, Gathered, Section
+from vprune.eval.results import ENVIRONMENT_FILE
+
+_SOFTWARE = ("torch", "transformers", "vprune")
+
+
+def page(gathered: Gathered, galleries: Sequence[Gallery]) -> str:
+    """The page's HTML; `galleries` go with the sections."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("vprune.eval.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    colour = colours([entry.method for section in gathered.sections for entry in section.entries])
+    sections = [
+        _section(f"task-{number}", section, gallery, colour, _blank_accuracy(section, gathered.sections))
+        for number, (section, gallery) in enumerate(zip(gathered.sections, galleries, strict=True), start=1)
+    ]
+    return environment.get_template("page.html.jinja").render(
+        sections=sections,
+        unfinished=gathered.unfinished,
+        broken=gathered.broken,
+        version=vprune.__version__,
+        written=time.strftime("%d %B %Y, %H:%M"),
+    )
+
+
+def _section(
+    anchor: str, section: Section, gallery: Gallery, colour: dict[str, str], blank: float | None
+) -> dict[str, Any]:
+    best = {id(section.best(budget)) for budget in section.budgets} if _comparable(section) else set()
+    counts = section.entries[0].run.metrics.get("samples_by_kind") or {}
+    sentences = summary(section)
+    if blank is not None:
+        sentences.append(f"With every image blanked, the full model still gets {100 * blank:.1f}%.")
+    return {
+        "anchor": anchor,
+        "title": section.title,
+        "samples": section.samples,
+        "entries": section.entries,
+        "summary": sentences,
+        "tiles": _tiles(section),
+        "curves": curves(section, colour, blank),
+        "annotated": ", ".join(sorted({entry.method for entry in section.entries if entry.needs_annotation})),
+        "board": [
+            _row(section, entry, colour, id(entry) in best) | {"opens_budget": before.budget != entry.budget}
+            for before, entry in pairwise([section.entries[0], *section.entries])
+        ],
+        "kinds": [(kind, counts.get(kind)) for kind in section.kinds],
+        "gallery": gallery,
+        "facts": _facts(section),
+        "commands": list(
+            dict.fromkeys(filter(None, (_environment(entry).get("command") for entry in section.entries)))
+        ),
+    }
+
+
+def _row(section: Section, entry: Entry, colour: dict[str, str], best: bool) -> dict[str, Any]:
+    return {
+        "label": entry.label,
+        "method": entry.method,
+        "variant": entry.variant,
+        "colour": colour.get(entry.method, "ink"),
+        "annotated": entry.needs_annotation,
+        "best": best,
+        "failed": entry.run.metrics.get("failed", 0),
+        "budget": "all" if entry.is_full else entry.budget,
+        "share": entry.share,
+        "tokens": entry.tokens_after,
+        "accuracy": entry.accuracy,
+        "stderr": entry.stderr,
+        "retention": entry.retention,
+        "seconds": entry.seconds,
+        "cells": [entry.accuracy, *(entry.by_kind.get(kind) for kind in section.kinds)],
+    }
+
+
+def _tiles(section: Section) -> list[dict[str, str]]:
+    """The full model, and the best method at every budget."""
+    tiles = []
+    if section.full is not None:
+        full = section.full
+        unit = f"right with {full.tokens_before:.0f} tokens"
+        tiles.append(
+            {"budget": "All tokens", "value": f"{100 * full.accuracy:.1f}%", "unit": unit, "method": "full model"}
+        )
+    for budget in section.budgets:
+        best = section.best(budget)
+        if best is None:
+            continue
+        value, of = (best.accuracy, "right") if best.retention is None else (best.retention, "of that accuracy")
+        tiles.append(
+            {
+                "budget": f"{budget} kept",
+                "value": f"{100 * value:.1f}%",
+                "unit": f"{of}, {best.tokens_after:.0f} tokens",
+                "method": best.label,
+            }
+        )
+    return tiles
+
+
+def _comparable(section: Section) -> bool:
+    return len({entry.label for entry in section.pruned if not entry.needs_annotation}) > 1
+
+
+def _blank_accuracy(section: Section, sections: Sequence[Section]) -> float | None:
+    """The full model's accuracy on the same samples with every image blanked, where such a run is there."""
+    if section.blank:
+        return None
+    for other in sections:
+        same = (other.model, other.benchmark, other.fingerprint) == (
+            section.model,
+            section.benchmark,
+            section.fingerprint,
+        )
+        if other.blank and same and other.full is not None:
+            return other.full.accuracy
+    return None
+
+
+def _facts(section: Section) -> list[tuple[str, str]]:
+    """Hardware, versions and the like, each distinct value of the section's runs."""
+    found: dict[str, dict[str, None]] = {}
+    for environment in map(_environment, section.entries):
+        hardware, versions = environment.get("hardware") or {}, environment.get("versions") or {}
+        processor = [hardware.get("processor"), f"{hardware['cores']} cores" if "cores" in hardware else None]
+        facts = {
+            "Hardware": hardware.get("gpu") or ", ".join(filter(None, processor)),
+            "Precision": environment.get("dtype"),
+            "Software": ", ".join(f"{name} {versions[name]}" for name in _SOFTWARE if name in versions),
+            "Source": str(environment.get("git_commit") or "")[:12],
+        }
+        for name, value in facts.items():
+            if value:
+                found.setdefault(name, {})[str(value)] = None
+    return [(name, "; ".join(values)) for name, values in found.items()]
+
+
+def _commands(section: Section) -> list[str]:
+    """The commands behind the section's runs, each once."""
+    commands = (_environment(entry).get("command") for entry in section.entries)
+    return [str(command) for command in dict.fromkeys(commands) if command]
+
+
+def _environment(entry: Entry) -> dict[str, Any]:
+    """The run's `environment.json`; empty where it is missing or unreadable, since no result rests on it."""
+    try:
+        content = json.loads((entry.run.folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

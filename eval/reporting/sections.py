@@ -1,0 +1,130 @@
+"""The nouns of a report: a run as a row, the runs that may be compared, and everything below a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vprune.eval.results import Run
+
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One finished run as a row of the leaderboard.
+
+    `keep` is the budget that was asked for (a fraction, or tokens per image if an int), `share` the one measured:
+    `tokens_after / tokens_before`, means over the samples. `retention` is accuracy / accuracy of the full model on the
+    same samples, None without such a run. `variant` names the options that tell it from other runs of its method.
+    """
+
+    run: Run
+    name: str
+    method: str
+    variant: str
+    keep: float | int
+    accuracy: float
+    stderr: float
+    retention: float | None
+    tokens_before: float
+    tokens_after: float
+    seconds: float | None
+    by_kind: dict[str, float]
+    needs_annotation: bool
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing was pruned."""
+        return self.method == FULL
+
+    @property
+    def share(self) -> float:
+        """Part of the visual tokens that was left, in (0, 1]."""
+        return self.tokens_after / self.tokens_before if self.tokens_before else 1.0
+
+    @property
+    def label(self) -> str:
+        """Method and variant, as curves and answers are marked with."""
+        return f"{self.method} ({self.variant})" if self.variant else self.method
+
+    @property
+    def budget(self) -> str:
+        """`keep` in words: "10%" or "64 tokens"; 1.0 is everything, 1 a single token."""
+        if isinstance(self.keep, float):
+            return f"{100 * self.keep:.3g}%"
+        return f"{self.keep} token{'' if self.keep == 1 else 's'}"
+
+    @cached_property
+    def answers(self) -> dict[str, dict[str, Any]]:
+        """The run's predictions by sample id."""
+        return {str(row["id"]): row for row in self.run.predictions}
+
+    def option(self, key: str) -> Any:
+        """An option as given, else as the method's YAML states it, else None."""
+        given = self.run.config.get(key)
+        if given is not None:
+            return given
+        method = self.run.config.get("method")
+        return method.get(key) if isinstance(method, Mapping) else None
+
+
+@dataclass(frozen=True)
+class Section:
+    """Runs of one model on one set of samples: the only ones that are ranked against each other."""
+
+    model: str
+    benchmark: str
+    blank: bool
+    samples: int
+    fingerprint: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def title(self) -> str:
+        """The section's heading."""
+        return f"{self.model} on {self.benchmark}" + (", every image blanked" if self.blank else "")
+
+    @property
+    def full(self) -> Entry | None:
+        """The first run of the unpruned model."""
+        return next((entry for entry in self.entries if entry.is_full), None)
+
+    @property
+    def pruned(self) -> list[Entry]:
+        """Everything but the unpruned model."""
+        return [entry for entry in self.entries if not entry.is_full]
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of questions, in the order in which the runs met them."""
+        return list(dict.fromkeys(kind for entry in self.entries for kind in entry.by_kind))
+
+    @property
+    def budgets(self) -> list[str]:
+        """The budgets of the pruned runs in words, largest first."""
+        shares: dict[str, float] = {}
+        for entry in self.pruned:
+            shares[entry.budget] = max(entry.share, shares.get(entry.budget, 0.0))
+        return sorted(shares, key=lambda budget: -shares[budget])
+
+    def at(self, budget: str) -> list[Entry]:
+        """The pruned runs at a budget that need no annotation."""
+        return [entry for entry in self.pruned if entry.budget == budget and not entry.needs_annotation]
+
+    def best(self, budget: str) -> Entry | None:
+        """The most accurate of them."""
+        return max(self.at(budget), key=lambda entry: entry.accuracy, default=None)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Everything below a folder: sections, and by path the runs that are unfinished or broken, each with its reason."""
+
+    folder: Path
+    sections: tuple[Section, ...]
+    unfinished: dict[str, str]
+    broken: dict[str, str]

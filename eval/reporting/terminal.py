@@ -1,0 +1,33 @@
+"""What `vprune report` prints: accuracy by method and budget, what is missing, and where the page is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from vprune.eval.console import complain, make_console
+from vprune.eval.reporting.leaderboard import pivot
+from vprune.eval.reporting.sections import Gathered
+
+
+def show(gathered: Gathered, index: Path) -> None:
+    """Print one table a section, then the paths."""
+    console = make_console()
+    for section in gathered.sections:
+        titles, lines = pivot(section)
+        console.print(escape(f"{section.title}: accuracy on {section.samples:,} questions"), soft_wrap=True)
+        view = Table()
+        for number, title in enumerate(titles):
+            view.add_column(escape(title), justify="right" if number else "left", no_wrap=True)
+        for line in lines:
+            view.add_row(*map(escape, line))
+        console.print(view)
+        if any(entry.needs_annotation for entry in section.pruned):
+            console.print("* reads the annotation: a ceiling, no method")
+    for name, why in gathered.unfinished.items():
+        console.print(escape(f"unfinished: {name} ({why})"), soft_wrap=True)
+    for name, why in gathered.broken.items():
+        complain(f"{name}: {why}")
+    console.print(escape(f"page with curves and pictures: {index.resolve()}"), soft_wrap=True)
