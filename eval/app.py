@@ -77,11 +77,12 @@ def _run(overrides: Sequence[str], sweep: bool) -> int:
     from transformers.utils import logging
 
     from vprune.eval.console import complain, failures, make_console, table
-    from vprune.eval.run import carry_out, plan
+    from vprune.eval.run import carry_out, forget, plan
     from vprune.eval.settings import read_jobs
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    forget()
     console = make_console()
     plans = [plan(job) for job in read_jobs(overrides, sweep)]
     runs = []

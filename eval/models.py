@@ -168,7 +168,7 @@ def _unloadable(choice: ModelChoice, error: Exception) -> str:
 
 
 def _on_hub(name: str, revision: str | None) -> bool:
-    """Whether the hub has the model; False if it cannot be asked, so that a cached copy serves without a minute of retries.
+    """Whether the hub has the model; False if it cannot be asked: a cached copy then serves without retries.
 
     Raises VPruneError if the hub knows no such model or revision, or wants a login for it.
     """

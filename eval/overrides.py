@@ -103,7 +103,8 @@ def _composed(overrides: Sequence[Override]) -> Composed:
         raise VPruneError(f"the configuration is incomplete or wrong: {str(error).splitlines()[0]}") from error
     assert isinstance(plain, dict)
     plain["method"] = {"name": method, **plain["method"]}
-    written = tuple((override.key_or_group, override.get_value_element_as_str()) for override in overrides)
+    pairs = (str(override.input_line).partition("=") for override in overrides)
+    written = tuple((key.lstrip("+"), value.strip("'\"")) for key, _, value in pairs)
     return Composed({str(key): value for key, value in plain.items()}, written)
 
 
@@ -134,10 +135,10 @@ def _complaint(error: HydraException, lines: Sequence[str]) -> VPruneError:
         return VPruneError(" ".join(str(error).split()))
     key = found.group(1)
     groups = [line for line in lines if line.partition("=")[0] in GROUPS]
-    known = [name for name in _flat(compose("eval", overrides=groups)) if not name.endswith("_target_")]
+    known = [*GROUPS, *(name for name in _flat(compose("eval", overrides=groups)) if not name.endswith("_target_"))]
     group = key.partition(".")[0]
     shown = [name for name in known if name.startswith(f"{group}.")] if "." in key else []
-    shown = shown or [*GROUPS, *(name for name in known if "." not in name)]
+    shown = shown or [name for name in known if "." not in name]
     return VPruneError(f"there is no option {key!r}{_nearest(key, known)}; there is {', '.join(shown)}")
 
 

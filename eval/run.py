@@ -73,6 +73,12 @@ def carry_out(plan: Plan, console: Console) -> Run:
     return plan.folder.finish(filled.metrics) if filled is not run else run
 
 
+def forget() -> None:
+    """Let go of the model and the benchmarks kept for a sweep: their files may change before the next one."""
+    load_model.cache_clear()
+    load_benchmark.cache_clear()
+
+
 def _method(job: Job) -> Any:
     if job.method == "full":
         return None

@@ -6,12 +6,15 @@ import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.resources import files
 
 from vprune import __version__
 from vprune.errors import VPruneError
 
 DONE, SOME_FAILED, MISTAKE = 0, 1, 2
 _INTERRUPTED = 130
+# What Hydra raises about overrides; by name, because importing Hydra would slow `vprune --help` down.
+_COMPOSITION_ERRORS = ("ConfigCompositionException", "MissingConfigException", "OverrideParseException")
 
 # verb -> (what it does, where its main lives; None: not built yet)
 _VERBS: dict[str, tuple[str, str | None]] = {
@@ -41,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; nothing written is lost, the same command goes on from here", file=sys.stderr)
         return _INTERRUPTED
+    except Exception as error:
+        if type(error).__name__ not in _COMPOSITION_ERRORS:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return MISTAKE
     except SystemExit as leaving:  # argparse, after --help or a usage error
         return leaving.code if isinstance(leaving.code, int) else DONE
 
@@ -62,10 +70,25 @@ def _train(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage("vprune train", "RECIPE [key=value ...]", "recipes", _RECIPES))
         return DONE if arguments else MISTAKE
-    return _find("vprune train", arguments[0], _RECIPES, arguments[1:])
+    recipe, rest = arguments[0], arguments[1:]
+    if recipe in _RECIPES and _RECIPES[recipe][1] and any(word in ("-h", "--help") for word in rest):
+        print(_recipe_help(recipe))
+        return DONE
+    return _find("vprune train", recipe, _RECIPES, rest, passed=arguments)
 
 
-def _find(command: str, word: str, known: dict[str, tuple[str, str | None]], rest: list[str]) -> int:
+def _recipe_help(recipe: str) -> str:
+    options = (files("vprune.conf") / "train" / f"{recipe}.yaml").read_text(encoding="utf-8")
+    return f"usage: vprune train {recipe} [key=value ...]\n\n{_RECIPES[recipe][0]}\n\n{options}"
+
+
+def _find(
+    command: str,
+    word: str,
+    known: dict[str, tuple[str, str | None]],
+    rest: list[str],
+    passed: list[str] | None = None,
+) -> int:
     if word not in known:
         close = get_close_matches(word, known, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
@@ -85,7 +108,7 @@ def _find(command: str, word: str, known: dict[str, tuple[str, str | None]], res
         if error.name is None or not home.startswith(error.name):
             raise
         raise VPruneError(f"{command} {word} is not built yet in vprune {__version__}") from error
-    return run(rest) or DONE
+    return run(rest if passed is None else passed) or DONE
 
 
 def _help() -> str:

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vprune.errors import VPruneError
 
 MAX_PIXELS = 100_000_000
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # decoders that run no other program
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # decoders that run no other program
 CACHE_BYTES = 512 * 2**20
 _READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, MemoryError, Image.DecompressionBombError)
 

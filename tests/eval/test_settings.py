@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vprune import VPruneError
+from vprune.eval.overrides import entries
+from vprune.eval.settings import read_jobs
+
+
+def folders(*overrides: str, sweep: bool = False) -> list[str]:
+    return [str(job.folder) for job in read_jobs(overrides, sweep)]
+
+
+@pytest.mark.parametrize("method", entries("method"))
+def test_every_method_composes(method: str) -> None:
+    (job,) = read_jobs([f"method={method}"])
+    assert job.method == method
+    assert job.config["keep"] is not None
+
+
+@pytest.mark.parametrize("engine", entries("engine"))
+def test_every_engine_composes(engine: str) -> None:
+    (job,) = read_jobs([f"engine={engine}"])
+    assert job.model_choice.attention == job.config["engine"]["attention"]
+
+
+def test_the_folder_follows_from_the_configuration() -> None:
+    assert folders("method=random", "keep=0.5") == ["runs/embedded-scenes/random-0.5"]
+    assert folders("method=full", "keep=0.5", "recycle=grid") == ["runs/embedded-scenes/full-1.0"]
+    assert folders("method=random", "keep=57", "limit=9", "seed=3", "blank=true") == [
+        "runs/embedded-scenes-limit_9-seed_3-blank/random-57"
+    ]
+    assert folders("keep=0.5", "recycle=grid", "size_aware=true") == [
+        "runs/embedded-scenes/attention-0.5-recycle_grid-size_aware_true"
+    ]
+    assert folders("out=here/it is") == ["here/it is"]
+
+
+def test_a_sweep_runs_full_first_and_once() -> None:
+    swept = folders("method=random,full", "keep=0.5,0.25", sweep=True)
+    assert [Path(folder).name for folder in swept] == ["full-1.0", "random-0.5", "random-0.25"]
+    assert folders("method=full,random", "out=there", "keep=3", sweep=True) == ["there/full-1.0", "there/random-3"]
+
+
+def test_a_sweep_over_samples_gets_a_folder_for_each_task() -> None:
+    swept = folders("method=full,random", "keep=0.5", "seed=0,1", "limit=5", "out=there", sweep=True)
+    assert sorted(swept) == sorted(
+        f"there/embedded-scenes-limit_5{seed}/{run}" for seed in ("", "-seed_1") for run in ("full-1.0", "random-0.5")
+    )
+
+
+def test_options_reach_the_method() -> None:
+    (job,) = read_jobs(["method=attention", "keep=0.5", "layer=1", "method.scorer.pool=max", "seed=3"])
+    assert job.method_options == {"keep": 0.5, "layer": 1, "pool": "max", "seed": 3}
+    assert job.config["method"]["scorer"]["layer"] == 1
+    (job,) = read_jobs(["method=random"])
+    assert job.method_options == {"keep": 0.1, "seed": 0}
+
+
+def test_a_model_may_be_an_entry_a_hub_id_or_a_folder(tmp_path: Path) -> None:
+    (job,) = read_jobs(["model=some-org/some_model-1.5", "model.revision=main"])
+    assert (job.model_choice.path, job.model_choice.revision) == ("some-org/some_model-1.5", "main")
+    assert job.config["model"]["name"] == "some-org/some_model-1.5"
+    assert not job.model_choice.trust_remote_code
+    strange = tmp_path / "my = model, (1)"
+    strange.mkdir()
+    (job,) = read_jobs([f"model={strange}"])
+    assert job.model_choice.path == str(strange)
+    assert job.config["model"]["name"] == strange.name
+
+
+def test_a_benchmark_may_be_a_folder(tmp_path: Path) -> None:
+    (job,) = read_jobs([f"benchmark={tmp_path}", "benchmark.template='{question} Briefly.'"])
+    assert job.config["benchmark"]["path"] == str(tmp_path)
+    assert job.config["benchmark"]["template"] == "{question} Briefly."
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method=attentoin", r"method=attentoin is unknown \(did you mean attention\?\); there is attention, "),
+        ("model=embeded", r"model=embeded is unknown \(did you mean embedded\?\).*local folder, a hub id"),
+        ("benchmark=nowhere", r"benchmark=nowhere is unknown; there is folder, scenes.*samples\.jsonl"),
+        ("benchmark=", r"benchmark= is unknown"),
+        ("engine=spda", r"did you mean sdpa"),
+        ("kep=0.1", r"there is no option 'kep' \(did you mean keep\?\); there is .*keep, layer"),
+        ("metod=full", r"did you mean method\?"),
+        ("method.foo=1", r"there is no option 'method\.foo'.*method\.keep"),
+        ("keep", r"'keep' is not an override of the form key=value"),
+        ("keep=[", r"is not an override of the form key=value"),
+        ("keep=0.5,0.1", r"keep=0\.5,0\.1 names several values; add -m"),
+        ("~limit", r"nothing can be taken out"),
+        ("limit=0", r"limit=0: expected an integer >= 1 or null"),
+        ("limit=many", r"limit=many: expected"),
+        ("seed=-1", r"seed=-1: expected an integer >= 0"),
+        ("batch_size=0", r"batch_size=0: expected"),
+        ("batch_size=2.5", r"batch_size=2\.5: expected"),
+        ("max_new_tokens=true", r"max_new_tokens=True: expected"),
+        ("blank=perhaps", r"blank=perhaps: say true or false"),
+        ("dtype=int8", r"dtype=int8 is unknown; there is auto, float32"),
+        ("model=hf", r"incomplete or wrong: .*Missing mandatory value: model\.path"),
+    ],
+)
+def test_a_mistake_is_told_with_what_there_is(override: str, message: str) -> None:
+    with pytest.raises(VPruneError, match=message):
+        read_jobs([override])
+
+
+def test_a_sweep_cannot_write_two_runs_into_one_folder(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "same").mkdir(parents=True)
+    with pytest.raises(VPruneError, match="would share the folder"):
+        read_jobs([f"benchmark={tmp_path}/a/same,{tmp_path}/b/same"], sweep=True)
