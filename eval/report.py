@@ -57,9 +57,19 @@ def main(argv: Sequence[str]) -> int:
     from vprune.eval.reporting.terminal import show
 
     gathered = gather(Path(arguments.folder))
+    if gallery:
+        _quiet_loading()
     index = _write(gathered, gallery)
     show(gathered, index)
     return 1 if gathered.broken else 0
+
+
+def _quiet_loading() -> None:
+    """No bars and no advice of the library that loads the model for the pictures."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _gallery(options: Sequence[str]) -> int:

@@ -11,12 +11,10 @@ from typing import Any
 
 from vprune.errors import VPruneError
 from vprune.eval.reporting.sections import FULL, Entry, Gathered, Section
+from vprune.eval.reporting.variants import variant
 from vprune.eval.results import CONFIG_FILE, METRICS_FILE, PREDICTIONS_FILE, Run, load_run
 
-OPTIONS = ("layer", "recycle", "size_aware", "stages", "backend")
 _PREDICTION = {"id", "kind", "question", "answer", "prediction", "correct"}
-# Told by the section, by the columns of the leaderboard, or of no consequence for the answers.
-_NOT_A_VARIANT = {"model", "benchmark", "limit", "keep", "blank", "fingerprint", "device", *OPTIONS}
 
 
 def gather(folder: Path) -> Gathered:
@@ -95,7 +93,7 @@ def _entry(run: Run, members: Sequence[Run], full: Run | None, folder: Path) -> 
         run=run,
         name=run.folder.relative_to(folder).as_posix(),
         method=metrics["method"],
-        variant=_variant(run, [other for other in members if other.metrics["method"] == metrics["method"]]),
+        variant=variant(run.config, [one.config for one in members if one.metrics["method"] == metrics["method"]]),
         keep=metrics["keep"],
         accuracy=metrics["accuracy"],
         stderr=metrics.get("accuracy_stderr") or 0.0,
@@ -106,34 +104,6 @@ def _entry(run: Run, members: Sequence[Run], full: Run | None, folder: Path) -> 
         by_kind=dict(metrics.get("accuracy_by_kind") or {}),
         needs_annotation=_needs_annotation(metrics["method"]),
     )
-
-
-def _variant(run: Run, peers: Sequence[Run]) -> str:
-    """The pruning options that are not the method's own, and whatever else differs between the runs of one method."""
-    own = _mapping(run.config.get("method"))
-    given = [_option(key, run.config[key]) for key in OPTIONS if run.config.get(key) not in (None, own.get(key))]
-    flat = {id(peer): _flat(peer.config) for peer in peers}
-    mine = flat[id(run)]
-    given += [_option(key, mine[key]) for key in mine if any(other.get(key) != mine[key] for other in flat.values())]
-    return ", ".join(given)
-
-
-def _option(key: str, value: Any) -> str:
-    if key == "size_aware":
-        return "size-aware" if value else "not size-aware"
-    if key == "recycle":
-        return "no recycling" if value == "none" else str(value)
-    return (
-        f"{key} {value}" if isinstance(value, int | float | str) and not isinstance(value, bool) else f"{key}={value}"
-    )
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if prefix or key not in _NOT_A_VARIANT:
-            flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 @cache

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from vprune.eval.reporting.variants import method_settings
 from vprune.eval.results import Run
 
 FULL = "full"
@@ -64,12 +64,8 @@ class Entry:
         return {str(row["id"]): row for row in self.run.predictions}
 
     def option(self, key: str) -> Any:
-        """An option as given, else as the method's YAML states it, else None."""
-        given = self.run.config.get(key)
-        if given is not None:
-            return given
-        method = self.run.config.get("method")
-        return method.get(key) if isinstance(method, Mapping) else None
+        """A setting with which the run's method ran, None if it has no such setting."""
+        return method_settings(self.run.config).get(key)
 
 
 @dataclass(frozen=True)

@@ -63,9 +63,10 @@ def write_run(
         "seed": 0,
         "seconds": 12.5,
     }
+    plain = {} if method == "full" else {"recycle": "none", "size_aware": False}
     settings = {
         "model": {"name": "embedded", "path": "embedded", "revision": None},
-        "method": {"name": method, "recycle": "none", "size_aware": False},
+        "method": {"name": method, **plain, **{key: value for key, value in config.items() if key in plain}},
         "benchmark": {"name": "scenes", "path": None},
         "keep": keep,
         "blank": False,
