@@ -1,1 +1,1 @@
-"""The YAML files: config groups model, method, benchmark, engine (a package so that Hydra finds `pkg://vprune.conf`)."""
+"""The YAML files, a config group per folder; a package so that Hydra finds `pkg://vprune.conf`."""

@@ -18,12 +18,38 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 GRID = 6
 PATCH = 8
-WORDS = "what where is the a red blue green circle square number count left right above of ? . user assistant : yes no two".split()
+WORDS = [
+    "what",
+    "where",
+    "is",
+    "the",
+    "a",
+    "red",
+    "blue",
+    "green",
+    "circle",
+    "square",
+    "number",
+    "count",
+    "left",
+    "right",
+    "above",
+    "of",
+    "?",
+    ".",
+    "user",
+    "assistant",
+    ":",
+    "yes",
+    "no",
+    "two",
+]
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] }} : "
     "{% if message['content'] is string %}{{ message['content'] }} {% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
 )
 
@@ -52,18 +78,35 @@ def build_processor() -> Any:
     )
 
 
-def build_model(tower: str = "siglip", attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A random LLaVA: a three-layer tower (with a class token for `clip`), a projector and a three-layer grouped-query decoder."""
-    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+def build_model(
+    tower: str = "siglip", attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Any:
+    """A random LLaVA: a three-layer tower (with a class token for `clip`), a projector and a three-layer grouped-query
+    decoder."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
     pixels = {"image_size": GRID * PATCH, "patch_size": PATCH}
     vision: Any = (
-        SiglipVisionConfig(**sizes, **pixels, vision_use_head=False) if tower == "siglip" else CLIPVisionConfig(**sizes, **pixels)
+        SiglipVisionConfig(**sizes, **pixels, vision_use_head=False)
+        if tower == "siglip"
+        else CLIPVisionConfig(**sizes, **pixels)
     )
     vocabulary = 5 + len(WORDS)
     text = Qwen2Config(
-        vocab_size=vocabulary, num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes
+        vocab_size=vocabulary,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **sizes,
     )
     config = LlavaConfig(
         vision_config=vision,
@@ -96,7 +139,8 @@ def picture(seed: int = 0, size: tuple[int, int] = (64, 80)) -> Image.Image:
 
 @pytest.fixture(scope="session")
 def tiny_vlm() -> Callable[..., Any]:
-    """`tiny_vlm(tower="siglip", attention="sdpa", dtype=torch.float32)` -> a model; the same arguments give the same object."""
+    """`tiny_vlm(tower="siglip", attention="sdpa", dtype=torch.float32)` -> a model; the same arguments give the same
+    object."""
     made: dict[tuple[Any, ...], Any] = {}
 
     def make(tower: str = "siglip", attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:

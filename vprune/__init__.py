@@ -1,4 +1,4 @@
-"""vprune shortens what a vision-language model reads: visual tokens scored, selected, recycled, inside plain `generate`.
+"""Visual-token pruning inside plain `generate`: score, select, recycle, and the model reads less.
 
 Names are resolved on first use, so that `import vprune` imports neither torch nor transformers and changes nothing.
 """

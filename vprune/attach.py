@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy, carries_images, dissect, visual_places
-from vprune.models.cache import StoredRows, first_logical, record_dropped, stored_length, widened
+from vprune.models.cache import StoredRows, first_logical, record_dropped, widened
 from vprune.models.masks import prefill_mask, refuse_bias, stored_mask
 from vprune.models.prefill import read_prefill, restored, with_cache
 from vprune.models.tower import TowerWatch
@@ -30,7 +30,8 @@ def prune(model: Any, method: str | Pruner = "attention", keep: float | int | No
     Args:
         model: a vision-language model instance, as AutoModelForImageTextToText loads it.
         method: a name in conf/method/ (`vprune.method_names()`), or a `Pruner`.
-        keep: what stays of every image: a fraction in (0, 1], or a number of tokens (int >= 1); None = the method's default, 0.1.
+        keep: what stays of every image: a fraction in (0, 1], or a number of tokens (int >= 1); None = the method's
+            default, 0.1.
         options: the method's own: layer, recycle ("none", "grid"), cells, size_aware, seed ... None = its default.
 
     Returns:
@@ -57,8 +58,9 @@ def prune(model: Any, method: str | Pruner = "attention", keep: float | int | No
 class Pruning:
     """Pruning of one model instance; see `prune`.
 
-    `evidence`: a list of bool masks [H, W] (or None), one per image of the batch in order, consumed by the next prefill; only
-    methods with `needs_evidence` read it. `last`: the report of the last prefill, None before it (and for method=full).
+    `evidence`: a list of bool masks [H, W] (or None), one per image of the batch in order, consumed by the next
+        prefill; only methods with `needs_evidence` read it. `last`: the report of the last prefill, None before it (and
+        for method=full).
 
     Raises:
         VPruneError: `model` is no vision-language model.
@@ -98,7 +100,9 @@ class Pruning:
         """
         base, decoder = self._anatomy.base, self._anatomy.decoder
         if base in _PRUNED:
-            raise VPruneError("this model is being pruned already: leave the other `with vprune.prune(...)` block first (or detach())")
+            raise VPruneError(
+                "this model is being pruned already: leave the other `with vprune.prune(...)` block first (or detach())"
+            )
         if self.pruner.hooked:
             if self.pruner.size_aware:
                 refuse_bias(self._anatomy.backend, self._sliding)
@@ -112,7 +116,9 @@ class Pruning:
                 ]
                 if "flash" in self._anatomy.backend:
                     layers = self._anatomy.layers
-                    self._handles += [layer.register_forward_pre_hook(self._before_layer, with_kwargs=True) for layer in layers]
+                    self._handles += [
+                        layer.register_forward_pre_hook(self._before_layer, with_kwargs=True) for layer in layers
+                    ]
             except VPruneError:
                 self._remove_hooks()
                 raise
@@ -162,12 +168,11 @@ class Pruning:
             return None
         if self._visual is not None and bool(self._visual.any()):
             kwargs = self._shorten(with_cache(self._anatomy, kwargs), self._visual)
-        layer = first_logical(kwargs.get("past_key_values"))
-        if layer is not None and self._passage is None:
+        cache = kwargs.get("past_key_values")
+        if self._passage is None and first_logical(cache) is not None:
             # Earlier turns were pruned: the caller's mask is over tokens seen, not over rows stored.
             inputs, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-            stored = stored_length(kwargs["past_key_values"])
-            masked = stored_mask(layer, mask, stored, inputs, self._anatomy.backend, self._sliding)
+            masked = stored_mask(cache, mask, inputs, self._anatomy.backend, self._sliding)
             kwargs = {**kwargs, "attention_mask": masked}
         return args, kwargs
 
@@ -179,9 +184,9 @@ class Pruning:
         if short is None:
             return kwargs
         embeds, layer = short.shorten(prefill.hidden), first_logical(prefill.cache)
-        rows = prefill.past.continued(
-            prefill.stored, short.valid if short.padded else None, short.bias, short.index.shape, short.tail
-        )
+        floor = prefill.stored + short.index.shape[1] - short.tail
+        valid = short.valid if short.padded else None
+        rows = prefill.past.continued(prefill.stored, valid, short.bias, short.index.shape, floor)
         self._passage = _Passage(short, prefill.cache, rows)
         # Always a mask: without one, gaps between positions would read as several packed sequences.
         masked = prefill_mask(
@@ -206,7 +211,8 @@ class Pruning:
     def _before_layer(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # Flash attention reads gaps between position ids as borders of packed sequences; rotations are computed already.
+        # Flash attention reads gaps between position ids as borders of packed sequences; rotations are computed
+        # already.
         return args, {**kwargs, "position_ids": None} if "position_ids" in kwargs else kwargs
 
 

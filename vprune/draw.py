@@ -25,8 +25,9 @@ _PLACES = (("top left", "top", "top right"), ("left", "centre", "right"), ("bott
 def draw_image(report: ImageReport, image: Image.Image | None = None) -> Image.Image:
     """Two panels: the importance as a heat map over the image (where there is one), and what the model still sees.
 
-    Kept tokens show their pixels, merged ones the mean colour of their row (a dot where the row stands), pruned ones are
-    greyed. `image` is stretched over the grid, as most processors do; None draws on plain grey. Frames stand one below the other.
+    Kept tokens show their pixels, merged ones the mean colour of their row (a dot where the row stands), pruned ones
+    are greyed. `image` is stretched over the grid, as most processors do; None draws on plain grey. Frames stand one
+    below the other.
     """
     t, h, w = report.grid
     canvas = _canvas(image, h, w)
@@ -36,7 +37,7 @@ def draw_image(report: ImageReport, image: Image.Image | None = None) -> Image.I
         if report.importance is not None:
             panels.insert(0, ("importance", _heat_panel(report, canvas, frame)))
         strips.append(_beside(panels))
-    return _below([*strips[:1], *strips[1:]], title=_title(report))
+    return _below(strips, title=_title(report))
 
 
 def draw_report(report: PruneReport, image: Image.Image | Sequence[Image.Image] | None = None) -> Image.Image:
@@ -92,7 +93,7 @@ def _canvas(image: Image.Image | None, h: int, w: int) -> NDArray[np.float64]:
     """The picture stretched to whole patches, [H, W, 3] in 0..255."""
     width, height = image.size if image is not None else (w, h)
     scale = max(1.0, _LONG_SIDE / max(width, height))
-    size = tuple(max(1, round(side * scale / cells)) * cells for side, cells in ((width, w), (height, h)))
+    size = (max(1, round(width * scale / w)) * w, max(1, round(height * scale / h)) * h)
     if image is None:
         return np.full((size[1], size[0], 3), 205.0)
     return np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), dtype=np.float64)

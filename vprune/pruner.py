@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from importlib import resources
 from typing import Any, ClassVar
@@ -16,9 +16,12 @@ from vprune.errors import VPruneError
 from vprune.records import Grid, Prefill, Selection, TowerImage, VisualTokens
 from vprune.recycling import RECYCLERS, pool_cells, recycle, representatives
 from vprune.scoring import Scorer
-from vprune.selection import Selector, TopK, cells_within, nearest_cells
+from vprune.selection import Selector, TopK, cell_of_token, cells_within
 
-_COMMON = ("layer", "seed")  # accepted by every method, so that sweeps can set them; used by those whose parts have them
+_COMMON = (
+    "layer",
+    "seed",
+)  # accepted by every method, so that sweeps can set them; used by those whose parts have them
 _PARTS = ("scorer", "selector")
 
 
@@ -27,10 +30,12 @@ class Pruner:
     """A method of pruning: who matters, who stays, and what becomes of the rest.
 
     Args:
-        keep: what stays of every image: a fraction in (0, 1], K = max(1, floor(keep * N)), or a number of tokens, an int >= 1.
+        keep: what stays of every image: a fraction in (0, 1], K = max(1, floor(keep * N)), or a number of tokens, an
+            int >= 1.
         scorer: gives the importance, None = the order does not depend on any.
         selector: puts the tokens in the order in which they are kept.
-        recycle: "none" drops the pruned tokens; "grid" keeps the means of those in each of `cells` grid cells, within the budget.
+        recycle: "none" drops the pruned tokens; "grid" keeps the means of those in each of `cells` grid cells, within
+            the budget.
         cells: at most so many cells for recycle="grid"; 9, 4 or 1 where they would take more than half of the budget.
         size_aware: add log(number of merged tokens) to the attention logits of merged rows, at every layer and step.
         name: the method's name, for reports.
@@ -53,10 +58,9 @@ class Pruner:
     name: str = ""
 
     hooked: ClassVar[bool] = True
-    resizes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        self.keep = checked_keep(self.keep)
         if self.recycle not in RECYCLERS:
             raise VPruneError(f"recycle={self.recycle!r}: choose one of {', '.join(RECYCLERS)}")
         if isinstance(self.cells, bool) or not isinstance(self.cells, int) or self.cells < 1:
@@ -113,7 +117,7 @@ class Full(Pruner):
 
 @dataclass
 class Pool(Pruner):
-    """Average pooling: every row is the mean of a grid cell, as many cells as the budget holds; nothing is left to recycle."""
+    """Average pooling: every row is the mean of a grid cell, as many as the budget holds; nothing is left over."""
 
     def plan_image(
         self, image: VisualTokens, budget: int, importance: Tensor | None, seen: TowerImage | None
@@ -130,8 +134,6 @@ class Resize(Pruner):
     one of the tokens that it replaces stood.
     """
 
-    resizes: ClassVar[bool] = True
-
     def small_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
         """The patch grid that the vision tower sees instead of (h, w)."""
         return cells_within(*grid, budget_of(self.keep, (1, *grid)))
@@ -146,14 +148,14 @@ class Resize(Pruner):
         """
         if seen is None:
             raise VPruneError("method=resize: pass pixel_values inside the `with vprune.prune(...)` block")
-        return representatives(nearest_cells(seen.grid, seen.small_grid or seen.grid))
+        return representatives(cell_of_token(image.grid, (1, *(seen.small_grid or seen.grid))))
 
 
-def check_keep(keep: Any) -> None:
-    """Refuse what is neither a fraction in (0, 1] nor a token count.
+def checked_keep(keep: Any) -> float | int:
+    """A fraction in (0, 1] as a float or a token count as an int, from any kind of number.
 
     Raises:
-        VPruneError: always then.
+        VPruneError: it is neither.
     """
     remedy = "give a fraction in (0, 1] or a token count per image (int >= 1)"
     if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
@@ -161,8 +163,10 @@ def check_keep(keep: Any) -> None:
     if isinstance(keep, numbers.Integral):
         if keep < 1:
             raise VPruneError(f"keep={keep} is below 1: {remedy}")
-    elif not 0 < float(keep) <= 1:
+        return int(keep)
+    if not 0 < float(keep) <= 1:
         raise VPruneError(f"keep={keep} is outside (0, 1]: {remedy}")
+    return float(keep)
 
 
 def budget_of(keep: float | int, grid: Grid) -> int:
@@ -172,12 +176,15 @@ def budget_of(keep: float | int, grid: Grid) -> int:
         VPruneError: a token count above what the image has.
     """
     total = math.prod(grid)
-    if not isinstance(keep, numbers.Integral):
+    if isinstance(keep, float):
         return max(1, math.floor(keep * total + 1e-9))
     if keep > total:
         shape = " x ".join(map(str, grid if grid[0] > 1 else grid[1:]))
-        raise VPruneError(f"keep={keep} but the image has {total} visual tokens ({shape}); give at most {total}, or a fraction in (0, 1]")
-    return int(keep)
+        raise VPruneError(
+            f"keep={keep} but the image has {total} visual tokens ({shape}); "
+            f"give at most {total}, or a fraction in (0, 1]"
+        )
+    return keep
 
 
 @lru_cache(maxsize=1)
@@ -213,7 +220,7 @@ def load_method(name: str, **options: Any) -> Pruner:
 
 def _place(config: dict[str, Any], name: str, option: str, value: Any) -> None:
     """Put an option where the method has it: at the top, or in the one part that knows it."""
-    top = set(Pruner.__dataclass_fields__) - {"name", *_PARTS}
+    top = {one.name for one in fields(Pruner)} - {"name", *_PARTS}
     parts = {part: config[part] for part in _PARTS if isinstance(config.get(part), dict)}
     owner = config if option in top else next((part for part in parts.values() if option in part), None)
     if owner is not None:

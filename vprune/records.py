@@ -25,8 +25,9 @@ Grid = tuple[int, int, int]
 class VisualTokens:
     """The visual tokens of one image in one row of the batch.
 
-    `columns` holds their places in that row (LongTensor [N] on the CPU, ascending), `origin` the image's place among the
-    images the vision tower encoded (beams repeat an image, the tower sees it once), -1 where the tower was not watched.
+    `columns` holds their places in that row (LongTensor [N] on the CPU, ascending), `origin` the image's place among
+    the images the vision tower encoded (beams repeat an image, the tower sees it once), -1 where the tower was not
+    watched.
     """
 
     sample: int
@@ -43,8 +44,8 @@ class VisualTokens:
 class TowerImage:
     """What was seen of one image on its way through the vision tower.
 
-    `grid` is the patch grid (h, w); `fingerprint` a checksum of the pixels, `received` the attention its patches receive
-    (float32 [h * w]) and `small_grid` the grid it was resized to, each only when the method asked for it.
+    `grid` is the patch grid (h, w); `fingerprint` a checksum of the pixels, `received` the attention its patches
+    receive (float32 [h * w]) and `small_grid` the grid it was resized to, each only when the method asked for it.
     """
 
     grid: tuple[int, int]
@@ -57,9 +58,10 @@ class TowerImage:
 class Prefill:
     """All that a scorer may look at, just before the first decoder layer.
 
-    `hidden` [B, L, D] are the decoder's inputs, `positions` its position ids ([B, L] or [rows, B, L]), `valid` and `visual`
-    bool [B, L] mark what is no padding and what is a visual token. The cache already stores `stored` rows of earlier turns, of
-    which `past` is known. `tower` lists the images that the vision tower saw, `evidence` what `Pruning.evidence` was.
+    `hidden` [B, L, D] are the decoder's inputs, `positions` its position ids ([B, L] or [rows, B, L]), `valid` and
+    `visual` bool [B, L] mark what is no padding and what is a visual token. The cache already stores `stored` rows of
+    earlier turns, of which `past` is known. `tower` lists the images that the vision tower saw, `evidence` what
+    `Pruning.evidence` was.
     """
 
     anatomy: Anatomy
@@ -79,9 +81,9 @@ class Prefill:
 class Selection:
     """Which rows stand for an image's N visual tokens after pruning.
 
-    `kept` LongTensor [K] ascending: the original indices at which the K remaining rows stand; `source` LongTensor [N]: for
-    every token the row (0..K-1) that now stands for it, -1 = dropped; `weights` [N]: its share in that row, one in total per
-    row; `sizes` LongTensor [K]: how many tokens each row stands for. All on the CPU.
+    `kept` LongTensor [K] ascending: the original indices at which the K remaining rows stand; `source` LongTensor [N]:
+    for every token the row (0..K-1) that now stands for it, -1 = dropped; `weights` [N]: its share in that row, one in
+    total per row; `sizes` LongTensor [K]: how many tokens each row stands for. All on the CPU.
     """
 
     kept: Tensor
@@ -116,11 +118,11 @@ class Selection:
 class ImageReport:
     """What a prefill did to one image.
 
-    `sample`, `image`: the row of the batch and the image's number in it. `grid` (t, h, w). `importance` float32 [t, h, w], None
-    for methods without one. `kept` LongTensor [tokens_after], ascending indices among the image's visual tokens of the
-    rows that remain (a merged row counts where it stands). `source` LongTensor [tokens_before]: the index of the row that
-    now stands for the token, -1 = dropped. `sizes` LongTensor [tokens_after]. `seconds`: scoring, selecting and recycling of the
-    whole prefill, shared by its images.
+    `sample`, `image`: the row of the batch and the image's number in it. `grid` (t, h, w). `importance` float32 [t, h,
+    w], None for methods without one. `kept` LongTensor [tokens_after], ascending indices among the image's visual
+    tokens of the rows that remain (a merged row counts where it stands). `source` LongTensor [tokens_before]: the index
+    of the row that now stands for the token, -1 = dropped. `sizes` LongTensor [tokens_after]. `seconds`: scoring,
+    selecting and recycling of the whole prefill, shared by its images.
     """
 
     sample: int
@@ -151,8 +153,8 @@ class ImageReport:
 class PruneReport(Sequence[ImageReport]):
     """The report of one prefill: a sequence of `ImageReport`, flat over samples and their images.
 
-    With exactly one image its attributes are reachable directly (`report.kept`). Beams and several return sequences repeat
-    every sample in the prefill, and the report holds every repetition as a sample of its own.
+    With exactly one image its attributes are reachable directly (`report.kept`). Beams and several return sequences
+    repeat every sample in the prefill, and the report holds every repetition as a sample of its own.
 
     Raises:
         VPruneError: an image's attribute is asked of a report of several images (or of none): use `report[i]`.

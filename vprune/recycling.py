@@ -20,17 +20,18 @@ def keep_only(order: Tensor, budget: int) -> Selection:
 
 
 def reserved_cells(grid: Grid, budget: int, cells: int) -> Grid | None:
-    """The cells whose means are taken out of the budget: at most `cells`, at most half of it, None when there is no room."""
+    """The cells whose means are paid from the budget: at most `cells` and half of it; None = no room."""
     room = min(cells, budget // 2)
     if room < 1:
         return None
-    # Rounded down to a square, 16 -> 9 -> 4 -> 1: with few rows to spend, coarser cells leave more of them to selection.
+    # Rounded down to a square, 16 -> 9 -> 4 -> 1: with few rows to spend, coarser cells leave more of them to
+    # selection.
     t, h, w = budget_cells(grid, max(1, math.isqrt(room) ** 2))
     return t, h, w
 
 
 def merge_cells(order: Tensor, grid: Grid, budget: int, cells: Grid) -> Selection:
-    """Keep the first tokens of `order` pure; the others of each grid cell become their mean, where its median one stood.
+    """Keep the first tokens of `order` pure; the others become the mean of their cell, where its median one stood.
 
     The rows are `budget` in all: a cell without a pruned token gives its row back to selection.
     """
@@ -95,7 +96,7 @@ def recycle(kind: str, order: Tensor, grid: Grid, budget: int, cells: int) -> Se
 
 
 def representatives(cell: Tensor) -> Selection:
-    """One row per cell (LongTensor [N], the cell of each token): its middle token, untouched, standing for all of them."""
+    """One row per cell (LongTensor [N], of each token): its middle token, untouched, standing for all."""
     merged = means_in_place(cell)
     weights = torch.zeros_like(merged.weights)
     weights[merged.kept] = 1.0

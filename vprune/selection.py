@@ -20,10 +20,12 @@ class Selector(Protocol):
     """
 
     @property
-    def fingerprints(self) -> bool: ...
+    def fingerprints(self) -> bool:
+        """True if it needs a checksum of the image's pixels."""
+        ...
 
     def order(self, importance: Tensor | None, grid: Grid, budget: int, fingerprint: int) -> Tensor:
-        """All token indices, LongTensor [N]; the first `budget` are the choice, the next ones follow if there is room."""
+        """All tokens, LongTensor [N]: the first `budget` are the choice, the next follow if there is room."""
         ...
 
 
@@ -44,7 +46,7 @@ class TopK:
 
 @dataclass
 class Random:
-    """A random order, drawn from the seed and the image's own pixels: the same image in any batch gets the same order."""
+    """A random order, drawn from the seed and the image's own pixels: the same whatever the batch."""
 
     seed: int = 0
 
@@ -75,7 +77,7 @@ class Stride:
 
 @lru_cache(maxsize=64)
 def spread_order(grid: Grid) -> Tensor:
-    """All tokens of a grid so that every prefix spreads evenly over it (the order of a dither matrix), LongTensor [N]."""
+    """All tokens, LongTensor [N], so that every prefix spreads evenly over the grid (a dither matrix)."""
     t, h, w = grid
     bits = max(1, math.ceil(math.log2(max(t, h, w, 2))))
     frame, row, column = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
@@ -89,8 +91,10 @@ def spread_order(grid: Grid) -> Tensor:
 
 @lru_cache(maxsize=256)
 def cells_within(h: int, w: int, budget: int) -> tuple[int, int]:
-    """The grid (h', w') of at most `budget` cells that replaces (h, w): as many cells as fit with an aspect ratio within a
-    factor of two, among equals the truest aspect ratio."""
+    """The grid (h', w') of at most `budget` cells that replaces (h, w).
+
+    As many cells as fit with an aspect ratio within a factor of two of the grid's; among equals the truest one.
+    """
 
     def quality(cells: tuple[int, int]) -> tuple[bool, float, float]:
         distortion = abs(math.log2(cells[0] * w / (cells[1] * h)))
@@ -102,7 +106,7 @@ def cells_within(h: int, w: int, budget: int) -> tuple[int, int]:
 
 
 def budget_cells(grid: Grid, budget: int) -> Grid:
-    """The grid of at most `budget` cells for a whole video: every frame the same cells while there are enough of them."""
+    """The grid of at most `budget` cells for a whole video: every frame the same, while there are enough."""
     t, h, w = grid
     frames = min(t, budget)
     return (frames, *cells_within(h, w, budget // frames))
@@ -113,10 +117,3 @@ def cell_of_token(grid: Grid, cells: Grid) -> Tensor:
     places = [torch.arange(size) * count // size for size, count in zip(grid, cells, strict=True)]
     frame, row, column = torch.meshgrid(*places, indexing="ij")
     return ((frame * cells[1] + row) * cells[2] + column).flatten()
-
-
-def nearest_cells(grid: tuple[int, int], small: tuple[int, int]) -> Tensor:
-    """The cell of a `small` grid that each token of `grid` lies in, LongTensor [h * w], raster order."""
-    rows = torch.arange(grid[0]) * small[0] // grid[0]
-    columns = torch.arange(grid[1]) * small[1] // grid[1]
-    return (rows[:, None] * small[1] + columns).flatten()

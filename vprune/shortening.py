@@ -16,7 +16,11 @@ from vprune.records import ImageReport, Prefill, PruneReport, Selection
 
 @dataclass(frozen=True)
 class Merges:
-    """Rows that become weighted sums: the m-th, at `targets[m]`, of `lengths[m]` of the `sources` (places in the flat [B * L])."""
+    """Rows that become weighted sums: the m-th, at `targets[m]`, of `lengths[m]` of the `sources`.
+
+    Places are those in the flat batch [B * L].
+
+    """
 
     targets: Tensor
     sources: Tensor
@@ -28,9 +32,9 @@ class Merges:
 class Shortening:
     """How a batch [B, L] becomes [B, K].
 
-    `index` LongTensor [B, K]: the columns that stay, ascending, left-padded with -1; `tail`: how many of the last columns are the
-    last ones of the unpruned batch too, in every row; `bias` float32 [B, K]: log sizes, None when nothing is merged or sizes
-    are not to count; all on the device of the batch.
+    `index` LongTensor [B, K]: the columns that stay, ascending, left-padded with -1; `tail`: how many of the last
+    columns are the last ones of the unpruned batch too, in every row; `bias` float32 [B, K]: log sizes, None when
+    nothing is merged or sizes are not to count; all on the device of the batch.
     """
 
     index: Tensor
@@ -42,7 +46,7 @@ class Shortening:
 
     @property
     def valid(self) -> Tensor:
-        """bool [B, K], False where padded."""
+        """Bool [B, K], False where padded."""
         return self.index >= 0
 
     def shorten(self, hidden: Tensor) -> Tensor:

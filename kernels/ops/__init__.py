@@ -1,4 +1,4 @@
-"""The operations on the hot path, each with a plain reference and, where it pays, a kernel of the same name and signature.
+"""The operations on the hot path: a plain reference each, and where it pays a kernel of the same name and signature.
 
 `backend` is `auto` (the fastest that runs here), or the name of one: a backend asked for by name never falls back.
 """

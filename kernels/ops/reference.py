@@ -25,10 +25,15 @@ def column_mass(
     mass_j = pool over heads h and rows i of softmax_j(scale * q_hi . k_hj + bias_j).
 
     Args:
-        query: [B, H, R, D]. key: [B, G, N, D] with H a multiple of G (grouped queries).
-        rows: LongTensor [B, R], the column of every query row, which sees the columns up to its own; None = all columns.
-        row_valid: bool [B, R], rows that count. key_valid: bool [B, N], keys that may be seen.
-        key_bias: [B, N], added to the logits. window: with `rows`, only the last `window` columns are seen.
+        query: [B, H, R, D].
+        key: [B, G, N, D] with H a multiple of G (grouped queries).
+        scale: of the logits, 1 / sqrt(D) as a rule.
+        rows: LongTensor [B, R], the column of every query row, which sees the columns up to its own; None = all
+            columns.
+        row_valid: bool [B, R], rows that count.
+        key_valid: bool [B, N], keys that may be seen.
+        key_bias: [B, N], added to the logits.
+        window: with `rows`, only the last `window` columns are seen.
         pool: "mean" or "max".
 
     Returns:
@@ -72,7 +77,8 @@ def compact(tokens: Tensor, index: Tensor) -> Tensor:
     """Gather rows into a shorter, left-padded batch.
 
     Args:
-        tokens: [B, L, D]. index: LongTensor [B, K], the row to stand at each place, -1 = padding.
+        tokens: [B, L, D].
+        index: LongTensor [B, K], the row to stand at each place, -1 = padding.
 
     Returns:
         [B, K, D], zeros where the index is -1.
@@ -84,11 +90,14 @@ def compact(tokens: Tensor, index: Tensor) -> Tensor:
 def recycle(tokens: Tensor, source: Tensor, lengths: Tensor, weights: Tensor) -> Tensor:
     """Weighted sums of groups of rows: out_m = sum over the m-th group of weight_s * token_s.
 
-    Accumulates in float32 (float64 for float64 tokens), group by group, so that the result does not depend on the batch.
+    Accumulates in float32 (float64 for float64 tokens), group by group, so that the result does not depend on the
+    batch.
 
     Args:
-        tokens: [T, D]. source: LongTensor [S], rows of `tokens`, group after group. lengths: LongTensor [M], all at least
-            1, sum S. weights: [S].
+        tokens: [T, D].
+        source: LongTensor [S], rows of `tokens`, group after group.
+        lengths: LongTensor [M], all at least 1, sum S.
+        weights: [S].
 
     Returns:
         [M, D] in the dtype of `tokens`.

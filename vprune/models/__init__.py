@@ -1,1 +1,1 @@
-"""The only folder that knows how model families name their parts, and how the library beneath lays out caches and masks."""
+"""The only folder that knows how families name their parts and how transformers lays out caches and masks."""

@@ -21,8 +21,8 @@ _PIXELS = ("pixel_values", "pixel_values_videos")
 class Anatomy:
     """The parts of one model instance that pruning touches.
 
-    `base` merges image and text, `decoder` reads the result, `tower` sees the pixels; `token_ids` are the placeholders of
-    visual tokens in `input_ids`.
+    `base` merges image and text, `decoder` reads the result, `tower` sees the pixels; `token_ids` are the placeholders
+    of visual tokens in `input_ids`.
     """
 
     base: nn.Module
@@ -48,13 +48,20 @@ class Anatomy:
             VPruneError: the tower has no list of layers with an attention module each.
         """
         stacks = [
-            [getattr(layer, name) for layer in module for name in _ATTENTION_NAMES if isinstance(getattr(layer, name, None), nn.Module)]
+            [
+                getattr(layer, name)
+                for layer in module
+                for name in _ATTENTION_NAMES
+                if isinstance(getattr(layer, name, None), nn.Module)
+            ]
             for module in (self.tower.modules() if self.tower is not None else ())
             if isinstance(module, nn.ModuleList)
         ]
         longest = max(stacks, key=len, default=[])
         if not longest:
-            raise VPruneError(f"{type(self.tower).__name__} has no layers with attention that could be watched; choose another method")
+            raise VPruneError(
+                f"{type(self.tower).__name__} has no layers with attention that could be watched; choose another method"
+            )
         return longest
 
 
@@ -70,11 +77,13 @@ def dissect(model: Any) -> Anatomy:
     )
     if not isinstance(model, nn.Module) or not ids or not hasattr(model, "get_decoder"):
         raise VPruneError(
-            f"{type(model).__name__} is no vision-language model that can be pruned: its config names no image_token_id; "
-            "load one with AutoModelForImageTextToText"
+            f"{type(model).__name__} is no vision-language model that can be pruned: "
+            "its config names no image_token_id; load one with AutoModelForImageTextToText"
         )
-    decoder: Any = model.get_decoder()
-    # Whatever wraps the model (an adapter, say), the module that merges image and text is the one that holds the decoder.
+    find_decoder: Any = model.get_decoder
+    decoder: nn.Module = find_decoder()
+    # Whatever wraps the model (an adapter, say), the module that merges image and text is the one that holds the
+    # decoder.
     base = next((part for part in model.modules() if any(child is decoder for child in part.children())), None)
     if base is None or not hasattr(decoder, "layers"):
         raise VPruneError(f"{type(model).__name__}: found no text decoder with layers of its own inside it")
@@ -90,12 +99,13 @@ def carries_images(kwargs: Mapping[str, Any]) -> bool:
 
 
 def visual_places(anatomy: Anatomy, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    """Mark the places of visual tokens, bool [B, L], from the placeholders (their embeddings, where ids are not given)."""
+    """Mark the places of visual tokens, bool [B, L], from placeholders (or their embeddings)."""
     if input_ids is not None:
         return torch.isin(input_ids, torch.tensor(anatomy.token_ids, device=input_ids.device))
     assert inputs_embeds is not None
     ids = torch.tensor(anatomy.token_ids, device=inputs_embeds.device)
-    table = anatomy.decoder.get_input_embeddings()(ids)  # type: ignore[operator]
+    decoder: Any = anatomy.decoder
+    table: Tensor = decoder.get_input_embeddings()(ids)
     return (inputs_embeds[:, :, None] == table).all(-1).any(-1)
 
 
@@ -112,8 +122,8 @@ def count_visual_tokens(model: Any, input_ids: Tensor) -> list[int]:
 def visual_layout(anatomy: Anatomy, visual: Tensor, tower: Sequence[TowerImage]) -> list[VisualTokens]:
     """Group the visual tokens of a batch into images, flat over rows and their images, in order.
 
-    `visual` bool [B, L] on the CPU; `tower` what the vision tower saw. Beams repeat each row (its images with it) after the
-    tower has run, so the tower may have seen a whole fraction of the images that stand in the prompt.
+    `visual` bool [B, L] on the CPU; `tower` what the vision tower saw. Beams repeat each row (its images with it) after
+    the tower has run, so the tower may have seen a whole fraction of the images that stand in the prompt.
 
     Raises:
         VPruneError: the visual tokens of a row are not a whole number of images, as in chunked prefill.
@@ -129,6 +139,8 @@ def visual_layout(anatomy: Anatomy, visual: Tensor, tower: Sequence[TowerImage])
         repeats = total // sum(map(tokens_of, seen))
         if len(counts) % repeats:
             raise _no_whole_images(counts, seen[0])
+    elif tower and total:
+        raise _no_whole_images(counts, tower[-1])
     else:
         repeats, seen = 1, _untracked(anatomy, counts)
     layout, start = [], 0

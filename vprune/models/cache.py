@@ -1,13 +1,13 @@
 """Cache layers with a logical length: what they have seen, while they store less.
 
-`generate` asks a cache how long it is to slice ids, count positions and size masks. After pruning, a layer stores fewer rows
-than it has seen; answering with the number seen, and with an offset for the mask (the contract of sliding windows), keeps
-all of that right by itself, for beams, crops and later turns too.
+`generate` asks a cache how long it is to slice ids, count positions and size masks. After pruning, a layer stores fewer
+rows than it has seen; answering with the number seen, and with an offset for the mask (the contract of sliding
+windows), keeps all of that right by itself, for beams, crops and later turns too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache as memoise
@@ -23,8 +23,9 @@ from vprune.errors import VPruneError
 class StoredRows:
     """What is known of the first V rows that a cache layer stores; all later rows are valid and unmerged.
 
-    `valid` bool [B, V] (False: padding), None when all are; `bias` [B, V] float32, the log size of merged rows, None when there
-    is none. `floor` stored rows at the start may not be cropped one by one, since rows among them were dropped.
+    `valid` bool [B, V] (False: padding), None when all are; `bias` [B, V] float32, the log size of merged rows, None
+    when there is none. `floor` stored rows at the start may not be cropped one by one, since rows among them were
+    dropped.
     """
 
     valid: Tensor | None
@@ -46,9 +47,10 @@ class StoredRows:
         valid, bias = (None if part is None else part[:, :length] for part in (self.valid, self.bias))
         return StoredRows(valid, bias, self.floor)
 
-
-    def continued(self, stored: int, valid: Tensor | None, bias: Tensor | None, shape: torch.Size, tail: int) -> StoredRows:
-        """What is known after rows [B, K] of `shape` follow the `stored` ones; the last `tail` may be cropped one by one."""
+    def continued(
+        self, stored: int, valid: Tensor | None, bias: Tensor | None, shape: Sequence[int], floor: int
+    ) -> StoredRows:
+        """What is known after rows [B, K] of `shape` follow the `stored` ones."""
 
         def joined(old: Tensor | None, new: Tensor | None, fill: float | bool) -> Tensor | None:
             known = new if new is not None else old
@@ -58,7 +60,7 @@ class StoredRows:
             parts = (widened(old, batch, stored, fill, known.device), widened(new, batch, rows, fill, known.device))
             return torch.cat(parts, 1)
 
-        return StoredRows(joined(self.valid, valid, True), joined(self.bias, bias, 0.0), stored + shape[1] - tail)
+        return StoredRows(joined(self.valid, valid, True), joined(self.bias, bias, 0.0), floor)
 
 
 NOTHING_KNOWN = StoredRows(None, None, 0)
@@ -163,11 +165,18 @@ def record_dropped(cache: Any, dropped: int, rows: StoredRows) -> None:
     for number, layer in enumerate(cache.layers):
         if not isinstance(layer, LogicalLayer):
             # Assigning __class__ fails for differing layouts: a new object takes over the attributes instead.
-            logical = object.__new__(_logical_class(type(layer)))
+            own: Any = type(layer)
+            logical: Any = object.__new__(_logical_class(own))
             logical.__dict__ = layer.__dict__
             logical.dropped, logical._physical = 0, 0
             cache.layers[number] = layer = logical
         layer.dropped += dropped
+        layer.rows = rows
+
+
+def note_rows(cache: Any, rows: StoredRows) -> None:
+    """Tell every layer of a pruned cache what is known of its rows now."""
+    for layer in cache.layers:
         layer.rows = rows
 
 

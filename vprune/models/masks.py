@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from vprune.errors import VPruneError
-from vprune.models.cache import LogicalLayer, widened
+from vprune.models.cache import first_logical, note_rows, stored_length, widened
 
 _DENSE_BACKENDS = ("eager", "sdpa")
 
 
 def attention_mask_4d(valid: Tensor, bias: Tensor | None, queries: int, backend: str, dtype: torch.dtype) -> Tensor:
-    """The causal mask of the last `queries` of N rows: [B, 1, queries, N], bool for sdpa, else (and with a bias) additive.
+    """The causal mask [B, 1, queries, N] of the last `queries` of N rows: bool for sdpa without a bias, else additive.
 
     `valid` bool [B, N]; `bias` [B, N] is added where a row may be seen.
     """
@@ -41,30 +41,34 @@ def new_rows_valid(mask: Any, queries: int, device: torch.device) -> Tensor | No
     raise VPruneError(f"attention_mask of {shape}: pruning needs the 2-D mask [batch, length] of the prompt, or none")
 
 
-def stored_mask(
-    layer: LogicalLayer, mask: Any, stored: int, inputs: Tensor, backend: str, sliding: bool
-) -> Tensor | None:
-    """The mask for `inputs` [B, Q, D] that follow `stored` rows of a pruned cache.
+def stored_mask(cache: Any, mask: Any, inputs: Tensor, backend: str, sliding: bool) -> Tensor | None:
+    """The mask for `inputs` [B, Q, D] that are about to follow the rows of a pruned `cache`; `mask` is the caller's.
 
-    None when one query sees every row and none is merged; 4-D for the dense backends; else the 2-D mask over all tokens seen,
-    whose last columns are the rows stored (the contract of sliding windows).
+    None when one query sees every row and none is merged; 4-D for the dense backends; else the 2-D mask over all tokens
+    seen, whose last columns are the rows stored (the contract of sliding windows).
     """
+    layer, stored = first_logical(cache), stored_length(cache)
+    assert layer is not None
     batch, queries = inputs.shape[:2]
-    if layer.rows.valid is None and layer.rows.bias is None and queries == 1:
-        return None
-    valid = widened(layer.rows.valid, batch, stored + queries, True, inputs.device)
-    # A single new token always sees itself: its own column of the mask carries no news.
+    # A single new token always sees itself: its own column of the mask carries no news. More of them may hold padding,
+    # which the steps after them must go on hiding.
     newest = None if queries == 1 else new_rows_valid(mask, queries, inputs.device)
     if newest is not None:
-        valid = torch.cat([valid[:, :stored], newest], 1)
-    return finished_mask(valid, layer.rows.bias, queries, layer.dropped, inputs, backend, sliding)
+        note_rows(cache, layer.rows.continued(stored, newest, None, newest.shape, layer.rows.floor))
+    rows = layer.rows
+    if rows.valid is None and rows.bias is None and queries == 1:
+        return None
+    valid = widened(rows.valid, batch, stored + queries, True, inputs.device)
+    return finished_mask(valid, rows.bias, queries, layer.dropped, inputs, backend, sliding)
 
 
 def prefill_mask(
     valid: Tensor, bias: Tensor | None, dropped: int, inputs: Tensor, backend: str, sliding: bool
 ) -> Tensor:
-    """The mask for a shortened prefill `inputs` [B, K, D] over `valid` bool [B, S + K]: 2-D as callers pass it, which leaves
-    the choice of the fast path to the library, or additive where sizes of merged rows count."""
+    """The mask for a shortened prefill `inputs` [B, K, D] over `valid` bool [B, S + K].
+
+    2-D, as callers pass it, which leaves the choice of the fast path to the library; additive where sizes count.
+    """
     if bias is None:
         return _over_tokens_seen(valid, dropped)
     return finished_mask(valid, bias, inputs.shape[1], dropped, inputs, backend, sliding)
@@ -102,4 +106,6 @@ def refuse_bias(backend: str, sliding: bool) -> None:
             f"use one of {', '.join(_DENSE_BACKENDS)} (model.set_attn_implementation('sdpa')) or size_aware=false"
         )
     if sliding:
-        raise VPruneError("size_aware=true on a decoder with sliding-window layers is not supported; use size_aware=false")
+        raise VPruneError(
+            "size_aware=true on a decoder with sliding-window layers is not supported; use size_aware=false"
+        )

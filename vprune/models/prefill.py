@@ -1,4 +1,4 @@
-"""What a decoder is called with: read for the method before, exchanged for something shorter, put back to length after."""
+"""What a decoder is called with: read before, exchanged for something shorter, put back to length after."""
 
 from __future__ import annotations
 
@@ -22,18 +22,23 @@ def with_cache(anatomy: Anatomy, kwargs: dict[str, Any]) -> dict[str, Any]:
     Raises:
         VPruneError: a static cache, which cannot hold fewer rows than it has seen.
     """
+    config: Any = anatomy.decoder.config
     cache, wanted = kwargs.get("past_key_values"), kwargs.get("use_cache")
-    if cache is None and (wanted or (wanted is None and getattr(anatomy.decoder.config, "use_cache", False))):
+    if cache is None and (wanted or (wanted is None and getattr(config, "use_cache", False))):
         from transformers import DynamicCache
 
-        return {**kwargs, "past_key_values": DynamicCache(config=anatomy.decoder.config)}
+        return {**kwargs, "past_key_values": DynamicCache(config=config)}
     if any(getattr(layer, "is_compileable", False) for layer in getattr(cache, "layers", ())):
         raise VPruneError("a static cache cannot be pruned: leave cache_implementation at its default, 'dynamic'")
     return kwargs
 
 
 def read_prefill(
-    anatomy: Anatomy, kwargs: dict[str, Any], visual: Tensor, tower: Sequence[TowerImage], evidence: Sequence[Any] | None
+    anatomy: Anatomy,
+    kwargs: dict[str, Any],
+    visual: Tensor,
+    tower: Sequence[TowerImage],
+    evidence: Sequence[Any] | None,
 ) -> Prefill:
     """Describe the prefill that the decoder is about to run with `kwargs`; `visual` bool [B, L].
 
@@ -67,7 +72,7 @@ def read_prefill(
 
 
 def _past_rows(cache: Any, mask: Any, stored: int) -> StoredRows:
-    """What is known of the rows stored: by the cache itself once it was pruned, else by the mask of the whole prompt."""
+    """What is known of the rows stored: by a pruned cache itself, else by the mask of the whole prompt."""
     layer = first_logical(cache)
     if layer is not None:
         return layer.rows

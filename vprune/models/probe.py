@@ -19,8 +19,8 @@ _PROBE = "vprune_probe"
 _LOCK = threading.RLock()  # a config is shared by all threads that run the model
 
 
-class Captured(Exception):
-    """Carries a layer's queries [B, H, R, D] and keys [B, G, N, D], normed and rotated as the layer does, and its scale."""
+class Captured(Exception):  # noqa: N818 - a signal that is always caught, no error
+    """Carries queries [B, H, R, D] and keys [B, G, N, D] of a layer, normed and rotated, and its scale."""
 
     def __init__(self, query: Tensor, key: Tensor, scale: float) -> None:
         super().__init__("an attention probe was not caught")
@@ -54,7 +54,7 @@ def _probe_registered() -> Iterator[None]:
         try:
             yield
         finally:
-            AttentionInterface._global_mapping.pop(_PROBE, None)  # type: ignore[attr-defined]
+            AttentionInterface._global_mapping.pop(_PROBE, None)
 
 
 def capture(attention: nn.Module, *args: Any, **kwargs: Any) -> Captured:
@@ -69,14 +69,16 @@ def capture(attention: nn.Module, *args: Any, **kwargs: Any) -> Captured:
             attention(*args, **kwargs)
         except Captured as caught:
             return caught
-    raise VPruneError(f"{type(attention).__name__} does not use the attention interface of transformers: choose another method")
+    raise VPruneError(
+        f"{type(attention).__name__} does not use the attention interface of transformers: choose another method"
+    )
 
 
 def layer_attention(prefill: Prefill, layer: int) -> Captured:
     """Queries and keys of decoder layer `layer` over the unpruned prompt (keys of earlier turns first).
 
-    Layer 0 costs one norm and two projections; layer l runs the l layers below it over the whole prompt, always with the
-    same attention implementation, so that the result does not depend on the model's own.
+    Layer 0 costs one norm and two projections; layer l runs the l layers below it over the whole prompt, always with
+    the same attention implementation, so that the result does not depend on the model's own.
 
     Raises:
         VPruneError: the decoder has no such layer.

@@ -17,7 +17,7 @@ from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy
 from vprune.models.probe import capture
 from vprune.records import TowerImage
-from vprune.selection import nearest_cells
+from vprune.selection import cell_of_token
 
 SmallGrid = Callable[[tuple[int, int]], tuple[int, int]]
 
@@ -27,8 +27,8 @@ class TowerWatch:
     """Hooks on one vision tower; `images` fills up as the tower runs, in the order in which it sees them.
 
     `fingerprints`: checksum the pixels. `attention_layer`: measure the attention that patches receive at that layer.
-    `small_grid`: resize the pixels so that the tower sees that grid (h', w') of patches instead of (h, w), and spread its
-    output back over (h, w).
+    `small_grid`: resize the pixels so that the tower sees that grid (h', w') of patches instead of (h, w), and spread
+        its output back over (h, w).
     """
 
     anatomy: Anatomy
@@ -52,12 +52,16 @@ class TowerWatch:
         handles = [tower.register_forward_pre_hook(self._before, with_kwargs=True)]
         if self.small_grid is not None:
             if "interpolate_pos_encoding" not in signature(tower.forward).parameters:
-                raise VPruneError(f"{type(tower).__name__} cannot interpolate its position encodings: choose pool instead of resize")
+                raise VPruneError(
+                    f"{type(tower).__name__} cannot interpolate its position encodings: choose pool instead of resize"
+                )
             handles.append(tower.register_forward_hook(self._after))
         if self.attention_layer is not None:
             attentions = self.anatomy.tower_attentions()
             if not -len(attentions) <= self.attention_layer < len(attentions):
-                raise VPruneError(f"tower_layer={self.attention_layer}: the tower has layers 0 to {len(attentions) - 1}")
+                raise VPruneError(
+                    f"tower_layer={self.attention_layer}: the tower has layers 0 to {len(attentions) - 1}"
+                )
             watched = attentions[self.attention_layer]
             handles.append(watched.register_forward_pre_hook(self._before_attention, with_kwargs=True))
         return handles
@@ -80,7 +84,9 @@ class TowerWatch:
             image.small_grid = small
         size = (small[0] * patch, small[1] * patch)
         # Interpolation of half-precision pixels is not implemented everywhere; a float32 copy of the pixels is cheap.
-        smaller = interpolate(pixels.float(), size, mode="bilinear", antialias=True, align_corners=False).to(pixels.dtype)
+        smaller = interpolate(pixels.float(), size, mode="bilinear", antialias=True, align_corners=False).to(
+            pixels.dtype
+        )
         kwargs = {**kwargs, "interpolate_pos_encoding": True}
         if "pixel_values" in kwargs:
             return args, {**kwargs, "pixel_values": smaller}
@@ -90,7 +96,7 @@ class TowerWatch:
         if not self._fresh or (small := self._fresh[0].small_grid) is None:
             return
         grid = self._fresh[0].grid
-        source = nearest_cells(grid, small)
+        source = cell_of_token((1, *grid), (1, *small))
         for name in ("last_hidden_state", "hidden_states"):
             value = output.get(name)
             if isinstance(value, tuple):

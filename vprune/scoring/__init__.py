@@ -10,16 +10,17 @@ from vprune.records import Prefill
 
 
 class Scorer(Protocol):
-    """Gives every image of a prefill an importance map, float32 [N] on the CPU, raster order.
-
-    `needs_evidence`: it reads `Prefill.evidence`; `tower_layer`: the layer of the vision tower to be watched, None = none.
-    """
+    """Gives every image of a prefill an importance map, float32 [N] on the CPU, raster order."""
 
     @property
-    def needs_evidence(self) -> bool: ...
+    def needs_evidence(self) -> bool:
+        """True if it reads `Prefill.evidence`."""
+        ...
 
     @property
-    def tower_layer(self) -> int | None: ...
+    def tower_layer(self) -> int | None:
+        """The layer of the vision tower to be watched, None = none."""
+        ...
 
     def __call__(self, prefill: Prefill) -> list[Tensor]:
         """One map per image of `prefill.images`."""

@@ -21,15 +21,15 @@ _REACH = 2.0  # patches over which it falls by e
 class Evidence:
     """The fraction of each patch that the evidence mask covers, with a faint smooth falloff around it to rank the rest.
 
-    I_j = c_j + 0.05 exp(-d_j / 2), c the covered fraction, d the distance in patches to the nearest patch with c > 0. Without
-    evidence, or with an empty mask, the map is flat (and selection spreads evenly).
+    I_j = c_j + 0.05 exp(-d_j / 2), c the covered fraction, d the distance in patches to the nearest patch with c > 0.
+    Without evidence, or with an empty mask, the map is flat (and selection spreads evenly).
     """
 
     needs_evidence: ClassVar[bool] = True
     tower_layer: ClassVar[int | None] = None
 
     def __call__(self, prefill: Prefill) -> list[Tensor]:
-        """Score all images from `prefill.evidence`, one mask (bool [H, W] over the image as the processor sees it) or None each.
+        """Score all images from `prefill.evidence`: a mask (bool [H, W]) over each as the processor sees it, or None.
 
         Raises:
             VPruneError: the masks are not one per image, or a mask is not two-dimensional.
@@ -50,7 +50,9 @@ def masks_per_image(prefill: Prefill) -> list[Any]:
     rows = prefill.valid.shape[0]
     repeats = len(images) // len(masks) if masks else 0
     if not repeats or len(images) % len(masks) or rows % repeats:
-        raise VPruneError(f"pruning.evidence has {len(masks)} masks but the batch has {len(images)} images: give one (or None) each")
+        raise VPruneError(
+            f"pruning.evidence has {len(masks)} masks but the batch has {len(images)} images: give one (or None) each"
+        )
     firsts = [number for number, image in enumerate(images) if image.sample % repeats == 0]
     place = {(images[n].sample // repeats, images[n].image): masks[i] for i, n in enumerate(firsts)}
     return [place[image.sample // repeats, image.image] for image in images]
@@ -63,7 +65,9 @@ def evidence_map(mask: Any, grid: Grid) -> Tensor:
         return torch.zeros(t * h * w)
     area = torch.as_tensor(np.asarray(mask)).to(torch.float32)
     if area.ndim != 2 or not area.numel():
-        raise VPruneError(f"an evidence mask has shape {tuple(area.shape)}: give a two-dimensional mask [height, width]")
+        raise VPruneError(
+            f"an evidence mask has shape {tuple(area.shape)}: give a two-dimensional mask [height, width]"
+        )
     covered = interpolate(upscaled(area, h, w)[None, None], (h, w), mode="area")[0, 0]
     places = torch.cartesian_prod(torch.arange(h), torch.arange(w)).float()
     held = places[covered.flatten() > 0]

@@ -20,9 +20,9 @@ _POOLS = ("mean", "max")
 class TextAttention:
     """Attention that visual tokens receive from the instruction at one layer of the decoder.
 
-    I_j = pool over heads h and instruction rows i of softmax_j(q_hi . k_hj / sqrt(d)), the softmax over the whole causal row;
-    instruction rows are the text tokens after the sample's last visual token (its last token, if there are none). Layer 0 costs
-    one norm and two projections; layer l also runs the l layers below it over the unpruned prompt.
+    I_j = pool over heads h and instruction rows i of softmax_j(q_hi . k_hj / sqrt(d)), the softmax over the whole
+    causal row; instruction rows are the text tokens after the sample's last visual token (its last token, if there are
+    none). Layer 0 costs one norm and two projections; layer l also runs the l layers below it over the unpruned prompt.
 
     Args:
         layer: the decoder layer. pool: "mean" or "max".
@@ -46,7 +46,9 @@ class TextAttention:
             return []
         caught = layer_attention(prefill, self.layer)
         rows, row_valid = instruction_rows(prefill.valid, prefill.visual)
-        query = caught.query.gather(2, rows[:, None, :, None].expand(-1, caught.query.shape[1], -1, caught.query.shape[3]))
+        query = caught.query.gather(
+            2, rows[:, None, :, None].expand(-1, caught.query.shape[1], -1, caught.query.shape[3])
+        )
         stored = caught.key.shape[2] - prefill.valid.shape[1]
         mass = kernels.column_mass(
             query,

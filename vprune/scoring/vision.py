@@ -13,10 +13,10 @@ from vprune.records import Prefill
 
 @dataclass
 class TowerAttention:
-    """Attention that patches receive inside the vision tower: of the class token where there is one, else the mean over patches.
+    """Attention that patches receive in the vision tower: from the class token if there is one, else from all patches.
 
-    I_j = mean over heads h of softmax_j(q_h,cls . k_hj / sqrt(d)), or mean over heads and patches i of softmax_j(q_hi . k_hj / sqrt(d)).
-    Blind to the question (FasterVLM and VisionZip rank tokens in this way).
+    I_j = mean over heads h of softmax_j(q_h,cls . k_hj / sqrt(d)), or mean over heads and patches i of softmax_j(q_hi .
+    k_hj / sqrt(d)). Blind to the question (FasterVLM and VisionZip rank tokens in this way).
 
     Args:
         tower_layer: the layer of the tower, -2 = the last but one.

@@ -1,0 +1,178 @@
+"""Law 2: pruned = the full model with the dropped tokens masked out of every layer, recycled = with the merged rows put
+in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import vprune
+from tests.conftest import picture
+from tests.exactness.oracle import full_sight, oracle_generate, without_pruned
+from tests.exactness.prompts import KINDS, batch, chat
+
+METHODS = [
+    name for name in vprune.method_names() if name not in ("full", "resize")
+]  # resize: an oracle of its own, below
+GREEDY: dict[str, Any] = {"do_sample": False}
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": GREEDY,
+    "beam": {"do_sample": False, "num_beams": 3},
+    "sample": {"do_sample": True, "temperature": 0.7},
+    "returns": {"do_sample": True, "num_return_sequences": 2},
+}
+RECYCLE = {"recycle": "grid", "cells": 4}
+# The oracle attends over all columns with zeros in between and recomputes every step: sums run in another order, so
+# float64 agrees to rounding rather than to the bit. Norms in float32 are part of the model and absorb most of it.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-4}
+
+
+def compare(
+    model: Any, inputs: dict[str, torch.Tensor], method: str, options: dict[str, Any], steps: int = 8, **mode: Any
+) -> None:
+    torch.manual_seed(7)
+    with vprune.prune(model, method, keep=0.3, **options) as pruning:
+        pruned = model.generate(
+            **inputs, max_new_tokens=steps, output_logits=True, return_dict_in_generate=True, **mode
+        )
+    assert pruning.last is not None
+    copies = mode.get("num_beams", 1) * mode.get("num_return_sequences", 1)
+    firsts = [report for report in pruning.last if report.sample % copies == 0]
+    for report in firsts:
+        object.__setattr__(report, "sample", report.sample // copies)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    sight = full_sight(model, ids, mask, inputs["pixel_values"])
+    sight = without_pruned(sight, ids, firsts, bool(options.get("size_aware")))
+    torch.manual_seed(7)
+    oracle = oracle_generate(model, sight, ids, mask, max_new_tokens=steps, **mode)
+    assert torch.equal(pruned.sequences, oracle.sequences)
+    for mine, theirs in zip(pruned.logits, oracle.logits, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=TOLERANCE[model.dtype])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, RECYCLE, {**RECYCLE, "size_aware": True}], ids=["plain", "recycle", "sizes"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_equals_the_masked_model(
+    tiny_vlm: Any, tiny_processor: Any, method: str, options: dict[str, Any], kind: str
+) -> None:
+    model = tiny_vlm(dtype=torch.float64)
+    compare(model, batch(tiny_processor, kind, torch.float64), method, options, **GREEDY)
+
+
+# (Eager attention takes its softmax in float32 whatever the model's dtype: nothing finer than the float32 case to see.)
+@pytest.mark.parametrize(
+    ("attention", "dtype"),
+    [("sdpa", torch.float64), ("sdpa", torch.float32), ("eager", torch.float32)],
+    ids=["sdpa-fp64", "sdpa-fp32", "eager-fp32"],
+)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("options", [{}, {**RECYCLE, "size_aware": True}], ids=["plain", "sizes"])
+def test_every_way_of_decoding(
+    tiny_vlm: Any, tiny_processor: Any, options: dict[str, Any], mode: str, attention: str, dtype: torch.dtype
+) -> None:
+    model = tiny_vlm(attention=attention, dtype=dtype)
+    compare(model, batch(tiny_processor, "several", dtype), "attention", options, **MODES[mode])
+
+
+@pytest.mark.parametrize("tower", ["siglip", "clip"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_resize_equals_a_tower_that_sees_the_small_image(
+    tiny_vlm: Any, tiny_processor: Any, kind: str, tower: str
+) -> None:
+    model = tiny_vlm(tower=tower, dtype=torch.float64)
+    inputs = batch(tiny_processor, kind, torch.float64)
+    with vprune.prune(model, "resize", keep=0.3) as pruning:
+        pruned = model.generate(
+            **inputs, max_new_tokens=4, output_logits=True, return_dict_in_generate=True, do_sample=False
+        )
+    small = torch.nn.functional.interpolate(
+        inputs["pixel_values"].float(), (24, 24), mode="bilinear", antialias=True, align_corners=False
+    ).double()
+    with torch.no_grad():
+        seen = model.model.vision_tower(small, interpolate_pos_encoding=True, output_hidden_states=True)
+        hidden = seen.hidden_states[model.config.vision_feature_layer][:, -9:]
+        rows = model.model.multi_modal_projector(hidden)
+    sight = full_sight(model, inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"])
+    lone = without_pruned(sight, inputs["input_ids"], list(pruning.last or []))
+    columns = lone.seen & (inputs["input_ids"] == 4)
+    assert int(columns.sum()) == 9 * len(small)
+    lone.embeds[columns] = rows.flatten(0, 1)
+    oracle = oracle_generate(
+        model, lone, inputs["input_ids"], inputs["attention_mask"], max_new_tokens=4, do_sample=False
+    )
+    assert torch.equal(pruned.sequences, oracle.sequences)
+    for mine, theirs in zip(pruned.logits, oracle.logits, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=TOLERANCE[torch.float64])
+
+
+def second_turn(
+    processor: Any, sequences: torch.Tensor, mask: torch.Tensor, texts: list[str], images: int
+) -> dict[str, torch.Tensor]:
+    """The inputs of another turn after `sequences`: new text (left-padded in between) and `images` new pictures."""
+    pictures = [picture(40 + seed) for seed in range(images)] or None
+    new = processor(images=pictures, text=texts, return_tensors="pt", padding=True)
+    done = torch.nn.functional.pad(mask, (0, sequences.shape[1] - mask.shape[1]), value=1)
+    inputs = {
+        "input_ids": torch.cat([sequences, new["input_ids"]], 1),
+        "attention_mask": torch.cat([done, new["attention_mask"]], 1),
+    }
+    if images:
+        inputs["pixel_values"] = new["pixel_values"].double()
+    return inputs
+
+
+@pytest.mark.parametrize("images", [0, 1], ids=["text", "image"])
+@pytest.mark.parametrize("kind", ["single", "padded", "several"])
+@pytest.mark.parametrize("options", [{}, {**RECYCLE, "size_aware": True}], ids=["plain", "sizes"])
+@pytest.mark.parametrize("method", ["attention", "random"])
+def test_a_second_turn_on_the_same_cache(
+    tiny_vlm: Any, tiny_processor: Any, method: str, options: dict[str, Any], kind: str, images: int
+) -> None:
+    from transformers import DynamicCache
+
+    model = tiny_vlm(dtype=torch.float64)
+    first = batch(tiny_processor, kind, torch.float64)
+    rows = first["input_ids"].shape[0]
+    cache = DynamicCache(config=model.config.get_text_config())
+    texts = [chat(tiny_processor, question, images, first=False) for question in ("two blue square ?", "no")[:rows]]
+    with vprune.prune(model, method, keep=0.3, **options) as pruning:
+        # (a random model may say `<image>`, which no later turn could tell from a picture's)
+        said = model.generate(**first, past_key_values=cache, max_new_tokens=3, do_sample=False, suppress_tokens=[4])
+        reports = list(pruning.last or [])
+        second = second_turn(tiny_processor, said, first["attention_mask"], texts, images * rows)
+        pruned = model.generate(
+            **second,
+            past_key_values=cache,
+            max_new_tokens=6,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        if images:
+            reports += list(pruning.last or [])
+    pixels = torch.cat([first["pixel_values"], second["pixel_values"]]) if images else first["pixel_values"]
+    ids, mask = second["input_ids"], second["attention_mask"]
+    if images and rows > 1:  # features are merged row by row: order the pictures so
+        counts = [int(n) // 36 for n in (first["input_ids"] == 4).sum(-1)]
+        old, new = first["pixel_values"].split(counts), second["pixel_values"].split([1] * rows)
+        pixels = torch.cat([part for pair in zip(old, new, strict=True) for part in pair])
+    sight = without_pruned(full_sight(model, ids, mask, pixels), ids, reports, bool(options.get("size_aware")))
+    oracle = oracle_generate(model, sight, ids, mask, max_new_tokens=6, do_sample=False)
+    assert torch.equal(pruned.sequences, oracle.sequences)
+    for mine, theirs in zip(pruned.logits, oracle.logits, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pruning_does_change_the_logits(tiny_vlm: Any, tiny_processor: Any, method: str) -> None:
+    """The control: were nothing pruned at all, every comparison above would pass as well."""
+    model = tiny_vlm()
+    inputs = batch(tiny_processor, "padded")
+    with torch.no_grad():
+        full = model(**inputs).logits[:, -1]
+        with vprune.prune(model, method, keep=0.3):
+            pruned = model(**inputs).logits[:, -1]
+    assert float((full - pruned).abs().max()) > 0.1

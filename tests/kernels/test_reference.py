@@ -1,0 +1,116 @@
+"""The reference operations against loops and full matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vprune import VPruneError, kernels
+
+BACKENDS = ["auto", "torch"]
+LENGTHS = [1, 63, 576, 2880]
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_column_mass_is_pooled_attention(length: int, pool: str, backend: str) -> None:
+    count = min(length, 7)
+    query, key = draw(2, 4, count, 8), draw(2, 2, length, 8, seed=1)
+    rows = torch.arange(length - count, length).expand(2, -1)
+    row_valid = torch.ones(2, count, dtype=torch.bool)
+    row_valid[1, 1:] = False
+    key_valid = torch.ones(2, length, dtype=torch.bool)
+    key_valid[1, : length // 3] = False
+    bias = draw(2, length, seed=2)
+    mass = kernels.column_mass(
+        query,
+        key,
+        scale=0.3,
+        rows=rows,
+        row_valid=row_valid,
+        key_valid=key_valid,
+        key_bias=bias,
+        pool=pool,
+        backend=backend,
+    )
+    logits = query @ key.repeat_interleave(2, 1).transpose(-1, -2) * 0.3 + bias[:, None, None]
+    allowed = (torch.arange(length) <= rows[..., None]) & key_valid[:, None]
+    weights = logits.masked_fill(~allowed[:, None], -torch.inf).softmax(-1)
+    for row in range(2):
+        own = weights[row][:, row_valid[row]].flatten(0, 1)
+        torch.testing.assert_close(mass[row], own.mean(0) if pool == "mean" else own.amax(0), rtol=1e-12, atol=1e-12)
+
+
+def test_column_mass_without_an_order_and_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key = draw(1, 2, 63, 8), draw(1, 2, 63, 8, seed=1)
+    whole = (query @ key.transpose(-1, -2)).softmax(-1).mean((1, 2))
+    torch.testing.assert_close(kernels.column_mass(query, key, scale=1.0), whole)
+    monkeypatch.setattr(kernels.reference, "_ROWS_AT_ONCE", 10)
+    torch.testing.assert_close(kernels.column_mass(query, key, scale=1.0), whole)
+    assert kernels.column_mass(query.bfloat16(), key.bfloat16(), scale=1.0).dtype == torch.float32
+
+
+def test_column_mass_with_a_window_and_with_nothing_to_see() -> None:
+    query, key = draw(1, 1, 1, 8), draw(1, 1, 9, 8, seed=1)
+    rows = torch.tensor([[6]])
+    mass = kernels.column_mass(query, key, scale=1.0, rows=rows, window=3)
+    assert mass[0, 4:7].sum() == pytest.approx(1.0) and float(mass[0, :4].sum() + mass[0, 7:].sum()) == 0.0
+    blind = kernels.column_mass(query, key, scale=1.0, key_valid=torch.zeros(1, 9, dtype=torch.bool))
+    assert torch.equal(blind, torch.zeros(1, 9, dtype=torch.float64))
+
+
+def test_column_mass_takes_infinite_biases_and_strides() -> None:
+    query, key = draw(1, 5, 2, 8).transpose(1, 2), draw(1, 9, 2, 8, seed=1).transpose(1, 2)
+    bias = torch.zeros(1, 9, dtype=torch.float64)
+    bias[0, 3] = -torch.inf
+    mass = kernels.column_mass(query, key, scale=1.0, key_bias=bias)
+    assert float(mass[0, 3]) == 0.0 and float(mass.sum()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_compact_gathers_and_pads(dtype: torch.dtype, length: int, backend: str) -> None:
+    tokens = draw(2, length, 5).to(dtype)
+    tokens[:, 0] = float("nan") if length > 1 else 1.0  # padding must not read what it stands for
+    count = max(1, length // 10)
+    index = torch.stack(
+        [torch.randperm(length, generator=torch.Generator().manual_seed(n))[:count].sort().values for n in (0, 1)]
+    )
+    index[1, : count // 2] = -1
+    index = torch.where(index == 0, min(1, length - 1), index)
+    short = kernels.compact(tokens, index, backend=backend)
+    for row in range(2):
+        for place, column in enumerate(index[row].tolist()):
+            expected = tokens[row, column] if column >= 0 else torch.zeros(5, dtype=dtype)
+            assert torch.equal(short[row, place], expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_recycle_sums_groups(dtype: torch.dtype, length: int, backend: str) -> None:
+    tokens, source = draw(length, 5).to(dtype), torch.randperm(length, generator=torch.Generator().manual_seed(3))
+    lengths = torch.tensor([1, length - 1]) if length > 1 else torch.tensor([1])
+    weights = torch.rand(length, dtype=torch.float64)
+    rows = kernels.recycle(tokens, source, lengths, weights, backend=backend)
+    assert rows.dtype == dtype
+    for row, group in enumerate(source.split(lengths.tolist())):
+        start = int(lengths[:row].sum())
+        expected = (tokens[group].double() * weights[start : start + len(group), None]).sum(0)
+        tolerance = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float64: 1e-12}[dtype]
+        torch.testing.assert_close(
+            rows[row].double(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 0, atol=tolerance
+        )
+
+
+def test_a_backend_named_never_falls_back() -> None:
+    with pytest.raises(VPruneError, match="triton"):
+        kernels.compact(draw(1, 2, 3), torch.zeros(1, 1, dtype=torch.long), backend="triton")
+    with pytest.raises(VPruneError, match="choose one of auto, torch"):
+        kernels.backend_module("cuda")
