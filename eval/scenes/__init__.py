@@ -1,0 +1,7 @@
+"""Scenes: a procedural visual question answering world with exact masks, boxes, captions and the evidence of every answer.
+
+`world` holds the nouns, `layout` draws a scene from a seed, `render` paints a batch of scenes with torch, `questions`
+asks about them and `split` writes a benchmark folder.
+"""
+
+from __future__ import annotations
