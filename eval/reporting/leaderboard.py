@@ -51,7 +51,6 @@ def summary(section: Section) -> list[str]:
         sentences = [f"Reading all {full.tokens_before:.0f} visual tokens, {right}."]
     else:
         sentences = [f"These runs asked {asked}; no run of the full model stands beside them."]
-    several = len({entry.label for budget in section.budgets for entry in section.at(budget)}) > 1
     for label, budgets in groupby(filter(section.best, section.budgets), lambda budget: _best(section, budget).label):
         bests = [_best(section, budget) for budget in budgets]
         where = _listed([best.budget for best in bests])
@@ -61,7 +60,9 @@ def summary(section: Section) -> list[str]:
             what = f"keeping {_listed([_percent(value) for value in kept])} of the full model's accuracy"
         else:
             what = f"with {_listed([_percent(best.accuracy) for best in bests])} right"
-        sentences.append(f"At {where}, {label} {'does best' if several else 'is measured'}, {what}.")
+        verb = "does best" if all(map(section.stands_out, bests)) else "is no worse than any other"
+        alone = all(len(section.at(best.budget)) == 1 for best in bests)
+        sentences.append(f"At {where}, {label} {'is measured' if alone else verb}, {what}.")
     annotated = sorted({entry.method for entry in section.pruned if entry.needs_annotation})
     if annotated:
         verb = "reads" if len(annotated) == 1 else "read"

@@ -46,7 +46,6 @@ def page(gathered: Gathered, galleries: Sequence[Gallery]) -> str:
 def _section(
     anchor: str, section: Section, gallery: Gallery, colour: dict[str, str], blank: float | None
 ) -> dict[str, Any]:
-    best = {id(section.best(budget)) for budget in section.budgets} if _comparable(section) else set()
     counts = section.entries[0].run.metrics.get("samples_by_kind") or {}
     sentences = summary(section)
     if blank is not None:
@@ -61,7 +60,7 @@ def _section(
         "curves": curves(section, colour, blank),
         "annotated": ", ".join(sorted({entry.method for entry in section.entries if entry.needs_annotation})),
         "board": [
-            _row(section, entry, colour, id(entry) in best) | {"opens_budget": before.budget != entry.budget}
+            _row(section, entry, colour) | {"opens_budget": before.budget != entry.budget}
             for before, entry in pairwise([section.entries[0], *section.entries])
         ],
         "kinds": [(kind, counts.get(kind)) for kind in section.kinds],
@@ -73,14 +72,14 @@ def _section(
     }
 
 
-def _row(section: Section, entry: Entry, colour: dict[str, str], best: bool) -> dict[str, Any]:
+def _row(section: Section, entry: Entry, colour: dict[str, str]) -> dict[str, Any]:
     return {
         "label": entry.label,
         "method": entry.method,
         "variant": entry.variant,
         "colour": colour.get(entry.method, "ink"),
         "annotated": entry.needs_annotation,
-        "best": best,
+        "best": not entry.is_full and section.stands_out(entry),
         "failed": entry.run.metrics.get("failed", 0),
         "budget": "all" if entry.is_full else entry.budget,
         "share": entry.share,
@@ -116,10 +115,6 @@ def _tiles(section: Section) -> list[dict[str, str]]:
             }
         )
     return tiles
-
-
-def _comparable(section: Section) -> bool:
-    return len({entry.label for entry in section.pruned if not entry.needs_annotation}) > 1
 
 
 def _blank_accuracy(section: Section, sections: Sequence[Section]) -> float | None:

@@ -112,8 +112,13 @@ class Section:
         return [entry for entry in self.pruned if entry.budget == budget and not entry.needs_annotation]
 
     def best(self, budget: str) -> Entry | None:
-        """The most accurate of them."""
+        """The most accurate of them, the first one if several are."""
         return max(self.at(budget), key=lambda entry: entry.accuracy, default=None)
+
+    def stands_out(self, entry: Entry) -> bool:
+        """Whether a run is more accurate than all others at its budget that need no annotation."""
+        others = [other for other in self.at(entry.budget) if other is not entry]
+        return bool(others) and not entry.needs_annotation and all(other.accuracy < entry.accuracy for other in others)
 
 
 @dataclass(frozen=True)
