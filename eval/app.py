@@ -87,9 +87,9 @@ def _run(overrides: Sequence[str], sweep: bool) -> int:
     plans = [plan(job) for job in read_jobs(overrides, sweep)]
     runs = []
     mistakes = 0
-    for planned in plans:
+    for number, planned in enumerate(plans, start=1):
         try:
-            runs.append(carry_out(planned, console))
+            runs.append(carry_out(planned, console, f"{number}/{len(plans)}" if len(plans) > 1 else ""))
         except VPruneError as error:
             if len(plans) == 1:
                 raise

@@ -19,7 +19,7 @@ PACKAGES = ("vprune", "torch", "transformers", "tokenizers", "triton", "numpy", 
 def describe(device: torch.device, dtype: str, model_revision: str | None) -> dict[str, Any]:
     """Everything needed to tell two runs' surroundings apart, as plain JSON values."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([_program(), *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), **_versions()},
         "hardware": _hardware(device),
         "device": str(device),
@@ -27,6 +27,11 @@ def describe(device: torch.device, dtype: str, model_revision: str | None) -> di
         "model_revision": model_revision,
         "git_commit": _git_commit(),
     }
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return "vprune" if name == "cli.py" else name  # python -m vprune.cli
 
 
 def _versions() -> dict[str, str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,11 +80,15 @@ class Predictor:
         )
 
     def run(self, batches: Sequence[Sequence[Sample]], workers: int | None = None) -> Iterator[list[Answer]]:
-        """The answers to each batch in turn, while `workers` threads prepare the next ones."""
-        workers = workers or max(2, min(4, (os.cpu_count() or 2) // 2))
+        """The answers to each batch in turn, while `workers` threads prepare the next ones (default: 1 on a CPU, else 4)."""
+        on_cpu = self.loaded.device.type == "cpu"
+        workers = workers or (1 if on_cpu else 4)
         waiting: deque[Future[Prepared | Exception]] = deque()
         ahead = iter(batches)
-        with ThreadPoolExecutor(workers, thread_name_prefix="vprune-prepare") as pool:
+        with (
+            _torch_threads(torch.get_num_threads() if on_cpu else 1),
+            ThreadPoolExecutor(workers, thread_name_prefix="vprune-prepare") as pool,
+        ):
             try:
                 for samples in batches:
                     while len(waiting) < workers + 1 and (coming := next(ahead, None)) is not None:
@@ -178,6 +182,17 @@ class Predictor:
     def _image(self, sample: Sample) -> Image.Image:
         image = self.benchmark.load_image(sample)
         return Image.new("RGB", image.size, _GREY) if self.blank else image
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    """Have torch use `count` threads for each caller: beside a GPU, the callers themselves are the parallelism."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _message(question: str) -> list[Mapping[str, Any]]:

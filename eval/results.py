@@ -81,15 +81,22 @@ def with_retention(run: Run, others: Iterable[Run]) -> Run:
 
 
 def retention(run: Run, others: Sequence[Run]) -> float | None:
-    """Accuracy / accuracy of the first `full` run of the same model, benchmark, seed and samples; None without one."""
+    """Accuracy / accuracy of the `full` run of the same model, benchmark, seed and samples; None without one.
+
+    Of several, the one told most alike (engine, dtype, batch size) counts; one that is never right gives no ratio.
+    """
     ids = [row["id"] for row in run.predictions]
-    for other in others:
-        if other.metrics.get("method") != "full" or not other.metrics.get("accuracy"):
-            continue
-        same_task = all(other.config.get(key) == run.config.get(key) for key in _SAME_TASK)
-        if same_task and [row["id"] for row in other.predictions] == ids:
-            return float(run.metrics["accuracy"] / other.metrics["accuracy"])
-    return None
+    alike = [
+        other
+        for other in others
+        if other.metrics.get("method") == "full"
+        and all(other.config.get(key) == run.config.get(key) for key in _SAME_TASK)
+        and [row["id"] for row in other.predictions] == ids
+    ]
+    nearest = min(alike, key=lambda other: len(differences(other.config, run.config)), default=None)
+    if nearest is None or not nearest.metrics["accuracy"]:
+        return None
+    return float(run.metrics["accuracy"] / nearest.metrics["accuracy"])
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -59,8 +59,10 @@ def plan(job: Job) -> Plan:
     return Plan(job, benchmark, batching.form(samples, job.config["batch_size"]), folder, method)
 
 
-def carry_out(plan: Plan, console: Console) -> Run:
+def carry_out(plan: Plan, console: Console, place: str = "") -> Run:
     """Do what is left of a planned run, and return it whole; a finished one is only read.
+
+    `place` says where the run stands in a sweep, for the progress bar.
 
     Raises VPruneError for mistakes that show only at the model, such as a keep larger than an image has tokens.
     """
@@ -68,7 +70,7 @@ def carry_out(plan: Plan, console: Console) -> Run:
     if run is not None:
         console.print(f"{plan.job.folder} is finished; overwrite=true would run it again", soft_wrap=True)
     else:
-        run = _continue(plan, console)
+        run = _continue(plan, console, f"{place} {plan.job.method} {plan.job.config['keep']}".lstrip())
     filled = with_retention(run, siblings(plan.job.folder))
     return plan.folder.finish(filled.metrics) if filled is not run else run
 
@@ -103,18 +105,17 @@ def load_benchmark(config: str, shared: str) -> Benchmark:
     return benchmark
 
 
-def _continue(plan: Plan, console: Console) -> Run:
+def _continue(plan: Plan, console: Console, label: str) -> Run:
     job, config = plan.job, plan.job.config
     done, rows, size = plan.folder.batches_done(plan.batches)
-    loaded = load_model(job.model_choice)
+    with console.status(f"loading {config['model']['name']}"):
+        loaded = load_model(job.model_choice)
     facts = environment.describe(loaded.device, loaded.dtype, loaded.revision)
     total = sum(map(len, plan.batches))
     with (
         _attached(plan, loaded.model) as pruning,
         plan.folder.writing(size, facts) as writer,
-        progress(
-            console, f"{job.method} {config['keep']}", total, len(rows), sum(row["correct"] for row in rows)
-        ) as meter,
+        progress(console, label, total, len(rows), sum(row["correct"] for row in rows)) as meter,
     ):
         predictor = Predictor(
             loaded,
