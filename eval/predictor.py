@@ -80,7 +80,7 @@ class Predictor:
         )
 
     def run(self, batches: Sequence[Sequence[Sample]], workers: int | None = None) -> Iterator[list[Answer]]:
-        """The answers to each batch in turn, while `workers` threads prepare the next ones (default: 1 on a CPU, else 4)."""
+        """The answers to each batch in turn, while `workers` threads (1 on a CPU, else 4) prepare the next."""
         on_cpu = self.loaded.device.type == "cpu"
         workers = workers or (1 if on_cpu else 4)
         waiting: deque[Future[Prepared | Exception]] = deque()

@@ -19,6 +19,7 @@ ENVIRONMENT_FILE = "environment.json"
 
 # A full run speaks for another run if these agree, and the ids of the samples.
 _SAME_TASK = ("model", "benchmark", "seed", "blank", "max_new_tokens", "fingerprint")
+_NO_MATTER = ("workers",)
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ def load_run(folder: str | Path) -> Run:
     metrics = _json(folder / METRICS_FILE)
     if not isinstance(metrics, dict):
         raise VPruneError(f"{folder / METRICS_FILE} should hold a JSON object")
-    lines = _text(folder / PREDICTIONS_FILE).splitlines()
+    lines = _text(folder / PREDICTIONS_FILE).split("\n")  # splitlines() would also cut at a U+2028 in an answer
     try:
-        predictions = [json.loads(line) for line in lines]
+        predictions = [json.loads(line) for line in lines if line]
     except ValueError as error:
         raise VPruneError(f"{folder / PREDICTIONS_FILE} is broken ({error}); rerun with overwrite=true") from error
     return Run(folder, config, metrics, predictions)
@@ -111,9 +112,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What two configurations disagree about, one "key: A there, B here" each."""
+    """What two configurations disagree about, one "key: A there, B here" each; mere matters of speed left out."""
     found = []
     for key in dict.fromkeys([*there, *here]):
+        if key in _NO_MATTER:
+            continue
         a, b = there.get(key), here.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += differences(a, b, f"{prefix}{key}.")

@@ -111,6 +111,8 @@ def _continue(plan: Plan, console: Console, label: str) -> Run:
     with console.status(f"loading {config['model']['name']}"):
         loaded = load_model(job.model_choice)
     facts = environment.describe(loaded.device, loaded.dtype, loaded.revision)
+    if done:
+        plan.folder.check_surroundings(facts)
     total = sum(map(len, plan.batches))
     with (
         _attached(plan, loaded.model) as pruning,

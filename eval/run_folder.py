@@ -49,7 +49,7 @@ class RunFolder:
         if self._overwrite:
             return
         if not file.is_file():
-            if (self.path / PREDICTIONS_FILE).is_file():
+            if _size(self.path / PREDICTIONS_FILE):
                 raise VPruneError(f"{self.path} holds a {PREDICTIONS_FILE} without its {CONFIG_FILE}; {_REMEDY}")
             return
         found = differences(read_config(file), self._config)
@@ -87,10 +87,28 @@ class RunFolder:
             done += 1
         return done, rows, size
 
+    def check_surroundings(self, environment: Mapping[str, Any]) -> None:
+        """Raise VPruneError if what is on disk was answered on another kind of device or in another dtype than now."""
+        before = self._environment_before()
+        for key in ("device", "dtype"):
+            there, here = (str(facts.get(key, "")).partition(":")[0] for facts in (before, environment))
+            if there and there != here:
+                raise VPruneError(
+                    f"{self.path} was begun with {key}={there} and would go on with {here}: "
+                    f"say {key}={there}, or start anew with overwrite=true"
+                )
+
+    def _environment_before(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.path / ENVIRONMENT_FILE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return {}
+
     @contextmanager
     def writing(self, size: int, environment: Mapping[str, Any]) -> Iterator[_Writer]:
         """A writer that keeps the first `size` bytes of the predictions and appends whole batches."""
-        writer = _Writer(self.path, self._config, dict(environment), size, self._overwrite)
+        earlier = self._environment_before().get("sessions", []) if size else []
+        writer = _Writer(self.path, self._config, {**environment, "sessions": earlier}, size)
         try:
             yield writer
         finally:
@@ -116,14 +134,11 @@ class RunFolder:
 class _Writer:
     """Appends batches durably; creates the run's files with the first one."""
 
-    def __init__(
-        self, folder: Path, config: dict[str, Any], environment: dict[str, Any], size: int, fresh: bool
-    ) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], environment: dict[str, Any], size: int) -> None:
         self._folder = folder
         self._config = config
         self._environment = environment
         self._size = size
-        self._fresh = fresh
         self._file: IO[bytes] | None = None
         self._session: dict[str, Any] = {}
 
@@ -131,7 +146,7 @@ class _Writer:
     def seconds(self) -> dict[str, float]:
         """Seconds by part, over every session that wrote to this run."""
         total: dict[str, float] = {}
-        for session in self._environment.get("sessions", []):
+        for session in self._environment["sessions"]:
             for part, value in session["seconds"].items():
                 total[part] = round(total.get(part, 0.0) + value, 3)
         return total
@@ -173,17 +188,12 @@ class _Writer:
         file.truncate(self._size)
         _replace(self._folder / CONFIG_FILE, yaml.safe_dump(self._config, sort_keys=False, allow_unicode=True))
         self._session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "samples": 0, "seconds": {}}
-        self._environment["sessions"] = [*self._earlier_sessions(), self._session]
+        self._environment["sessions"] = [*self._environment["sessions"], self._session]
         return file
 
-    def _earlier_sessions(self) -> list[dict[str, Any]]:
-        file = self._folder / ENVIRONMENT_FILE
-        if self._fresh or self._size == 0 or not file.is_file():
-            return []
-        try:
-            return list(json.loads(file.read_text(encoding="utf-8")).get("sessions", []))
-        except (ValueError, AttributeError):
-            return []
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -63,6 +64,30 @@ def test_whole_batches_are_not_done_again(evaluate: Eval, tmp_path: Path, capsys
     assert evaluate("method=random", "out=here") == 0
     assert "6 of 24 samples are there already" in capsys.readouterr().out
     assert file.read_text() == "".join(lines)
+
+
+def test_a_kill_before_the_first_batch_leaves_nothing_in_the_way(evaluate: Eval, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/predictions.jsonl").touch()
+    assert evaluate("method=random", "out=here") == 0
+
+
+def test_a_run_goes_on_only_in_the_same_precision(
+    evaluate: Eval, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate("method=random", "out=here") == 0
+    (tmp_path / "here/metrics.json").unlink()
+    file = tmp_path / "here/predictions.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:9]))
+    environment = json.loads((tmp_path / "here/environment.json").read_text())
+    (tmp_path / "here/environment.json").write_text(json.dumps({**environment, "dtype": "bfloat16"}))
+    assert evaluate("method=random", "out=here") == 2
+    assert "was begun with dtype=bfloat16 and would go on with float32" in capsys.readouterr().err
+
+
+def test_the_number_of_threads_is_no_other_configuration(evaluate: Eval) -> None:
+    assert evaluate("method=random", "out=here", "engine.workers=2") == 0
+    assert evaluate("method=random", "out=here", "engine.workers=1") == 0
 
 
 def test_a_foreign_line_is_never_overwritten(
