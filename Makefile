@@ -7,7 +7,7 @@
 PYTHON ?= python3
 OUT    ?= runs/demo
 # Questions of the demo: the same ones for every method and every budget.
-LIMIT  ?= 120
+LIMIT  ?= 150
 KEEP   ?= 0.5,0.25,0.1,0.05
 
 BIN    := .venv/bin
@@ -32,8 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	@$(OFFLINE) $(BIN)/vprune eval -m method=full keep=1 limit=$(LIMIT) out=$(OUT)
-	@$(OFFLINE) $(BIN)/vprune eval -m method=random,attention keep=$(KEEP) limit=$(LIMIT) out=$(OUT)
+	@$(OFFLINE) $(BIN)/vprune eval -m method=full,random,attention keep=$(KEEP) limit=$(LIMIT) out=$(OUT)
 	@$(OFFLINE) $(BIN)/vprune report $(OUT)
 
 test: $(STAMP)

@@ -51,18 +51,9 @@ def summary(section: Section) -> list[str]:
         sentences = [f"Reading all {full.tokens_before:.0f} visual tokens, {right}."]
     else:
         sentences = [f"These runs asked {asked}; no run of the full model stands beside them."]
-    for label, budgets in groupby(filter(section.best, section.budgets), lambda budget: _best(section, budget).label):
-        bests = [_best(section, budget) for budget in budgets]
-        where = _listed([best.budget for best in bests])
-        where += " of the tokens" if all(isinstance(best.keep, float) for best in bests) else ""
-        kept = [best.retention for best in bests if best.retention is not None]
-        if len(kept) == len(bests):
-            what = f"keeping {_listed([_percent(value) for value in kept])} of the full model's accuracy"
-        else:
-            what = f"with {_listed([_percent(best.accuracy) for best in bests])} right"
-        verb = "does best" if all(map(section.stands_out, bests)) else "is no worse than any other"
-        alone = all(len(section.at(best.budget)) == 1 for best in bests)
-        sentences.append(f"At {where}, {label} {'is measured' if alone else verb}, {what}.")
+    bests = [best for best in map(section.best, section.budgets) if best is not None]
+    for (label, verb), group in groupby(bests, lambda best: (best.label, _verb(section, best))):
+        sentences.append(_sentence(label, verb, list(group)))
     annotated = sorted({entry.method for entry in section.pruned if entry.needs_annotation})
     if annotated:
         verb = "reads" if len(annotated) == 1 else "read"
@@ -70,10 +61,22 @@ def summary(section: Section) -> list[str]:
     return sentences
 
 
-def _best(section: Section, budget: str) -> Entry:
-    best = section.best(budget)
-    assert best is not None
-    return best
+def _verb(section: Section, best: Entry) -> str:
+    """How a run at the top of its budget stands to the others there."""
+    if len(section.at(best.budget)) == 1:
+        return "is measured alone"
+    return "does best" if section.stands_out(best) else "leads within one standard error"
+
+
+def _sentence(label: str, verb: str, bests: Sequence[Entry]) -> str:
+    where = _listed([best.budget for best in bests])
+    where += " of the tokens" if all(isinstance(best.keep, float) for best in bests) else ""
+    kept = [best.retention for best in bests if best.retention is not None]
+    if len(kept) == len(bests):
+        what = f"keeping {_listed([_percent(value) for value in kept])} of the full model's accuracy"
+    else:
+        what = f"with {_listed([_percent(best.accuracy) for best in bests])} right"
+    return f"At {where}, {label} {verb}, {what}."
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from vprune.eval.metrics import standard_error
 from vprune.eval.reporting.variants import method_settings
 from vprune.eval.results import Run
 
@@ -116,9 +118,12 @@ class Section:
         return max(self.at(budget), key=lambda entry: entry.accuracy, default=None)
 
     def stands_out(self, entry: Entry) -> bool:
-        """Whether a run is more accurate than all others at its budget that need no annotation."""
+        """Whether a run beats all others at its budget that need no annotation, beyond one standard error.
+
+        The error is that of the mean difference over the same samples.
+        """
         others = [other for other in self.at(entry.budget) if other is not entry]
-        return bool(others) and not entry.needs_annotation and all(other.accuracy < entry.accuracy for other in others)
+        return bool(others) and not entry.needs_annotation and all(_leads(entry, other) for other in others)
 
 
 @dataclass(frozen=True)
@@ -129,3 +134,9 @@ class Gathered:
     sections: tuple[Section, ...]
     unfinished: dict[str, str]
     broken: dict[str, str]
+
+
+def _leads(entry: Entry, other: Entry) -> bool:
+    """Whether the mean difference of the answers' scores is more than its standard error."""
+    lead = [float(row["correct"]) - float(other.answers[id]["correct"]) for id, row in entry.answers.items()]
+    return fmean(lead) > standard_error(lead)

@@ -82,6 +82,15 @@ def test_the_summary_is_in_words(text: str) -> None:
     )
 
 
+def test_a_lead_within_the_error_is_not_called_best(tmp_path: Path) -> None:
+    write_run(tmp_path / "full")
+    write_run(tmp_path / "a", "random", 0.1, 0.5)
+    write_run(tmp_path / "b", "uniform", 0.1, 0.5)
+    text = report(tmp_path, gallery=0).read_text(encoding="utf-8")
+    assert "leads within one standard error" in text
+    assert "best at 10%" not in text
+
+
 def test_questions_and_names_are_escaped(tmp_path: Path) -> None:
     write_run(tmp_path / "full", metrics={"model": "<script>alert(1)</script>", "benchmark": 'a"b'})
     text = report(tmp_path, gallery=0).read_text(encoding="utf-8")
@@ -102,7 +111,7 @@ def test_runs_without_a_full_one_still_make_a_page(tmp_path: Path) -> None:
     write_run(tmp_path / "a", "random", 0.1, 0.5)
     text = report(tmp_path, gallery=0).read_text(encoding="utf-8")
     assert "no run of the full model stands beside them" in text
-    assert "At 10% of the tokens, random is measured, with" in text
+    assert "At 10% of the tokens, random is measured alone, with" in text
     assert "no full run" in text
 
 
