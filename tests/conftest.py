@@ -79,9 +79,9 @@ def build_processor() -> Any:
 
 
 def build_model(
-    tower: str = "siglip", attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0
+    tower: str = "siglip", attention: str = "sdpa", dtype: torch.dtype = torch.float32, width: int = 32
 ) -> Any:
-    """A random LLaVA: a three-layer tower (with a class token for `clip`), a projector and a three-layer grouped-query
+    """A random LLaVA: three layers of tower (`clip`: with a class token), a projector, three of grouped-query
     decoder."""
     from transformers import (
         CLIPVisionConfig,
@@ -91,7 +91,7 @@ def build_model(
         SiglipVisionConfig,
     )
 
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes = {"hidden_size": width, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
     pixels = {"image_size": GRID * PATCH, "patch_size": PATCH}
     vision: Any = (
         SiglipVisionConfig(**sizes, **pixels, vision_use_head=False)
@@ -118,7 +118,7 @@ def build_model(
         pad_token_id=0,
     )
     config._attn_implementation = attention
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
         for parameter in model.parameters():  # lively enough that attention is far from flat

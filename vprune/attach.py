@@ -43,8 +43,8 @@ def prune(model: Any, method: str | Pruner = "attention", keep: float | int | No
     Example:
         >>> with vprune.prune(model, method="attention", keep=0.1) as pruning:
         ...     out = model.generate(**processor(images=image, text=prompt, return_tensors="pt"), max_new_tokens=32)
-        >>> pruning.last.tokens_before, pruning.last.tokens_after
-        (576, 57)
+        >>> pruning.last.tokens_after == max(1, pruning.last.tokens_before // 10)
+        True
     """
     if isinstance(method, Pruner):
         if options:

@@ -51,12 +51,13 @@ class Shortening:
 
     def shorten(self, hidden: Tensor) -> Tensor:
         """[B, L, D] -> [B, K, D], merged rows put in."""
-        flat = hidden.flatten(0, 1)
-        for merge in self.merges:
+        if self.merges:
+            flat = hidden.flatten(0, 1)
             # One image after the other: a row's value must not depend on what else is in the batch.
-            rows = kernels.recycle(flat, merge.sources, merge.lengths, merge.weights)
-            flat = flat.index_copy(0, merge.targets, rows)
-        return kernels.compact(flat.view_as(hidden), self.index)
+            rows = [kernels.recycle(flat, one.sources, one.lengths, one.weights) for one in self.merges]
+            targets = torch.cat([one.targets for one in self.merges])
+            hidden = flat.index_copy(0, targets, torch.cat(rows)).view_as(hidden)
+        return kernels.compact(hidden, self.index)
 
     def shorten_positions(self, positions: Tensor) -> Tensor:
         """Position ids [..., B or 1, L] -> [..., B, K], the original values."""

@@ -69,6 +69,10 @@ def test_rows_follow_reorder_repeat_and_select(tiny_vlm: Any, tiny_processor: An
 
 def test_a_reset_cache_is_empty(tiny_vlm: Any, tiny_processor: Any) -> None:
     model, inputs = tiny_vlm(), batch(tiny_processor, "padded")
+    plain = prefilled(model, inputs).past_key_values
+    plain.reset()
+    if plain.get_seq_length():
+        pytest.skip("this transformers keeps the rows of a dynamic cache on reset and only zeroes them")
     with vprune.prune(model, "attention", keep=0.3):
         first = prefilled(model, inputs)
         cache = first.past_key_values
@@ -87,8 +91,11 @@ def test_prompt_lookup_gives_the_same_words(tiny_vlm: Any, tiny_processor: Any, 
     inputs = dict(tiny_processor(images=[picture(0)], text=[text], return_tensors="pt"))
     inputs["pixel_values"] = inputs["pixel_values"].double()
     with vprune.prune(model, "uniform", keep=0.3, **options):
-        plain = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-        looked_up = model.generate(**inputs, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3)
+        # (5.12 cannot look up without an end-of-sequence token)
+        plain = model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=2)
+        looked_up = model.generate(
+            **inputs, max_new_tokens=12, do_sample=False, eos_token_id=2, prompt_lookup_num_tokens=3
+        )
     assert torch.equal(plain, looked_up)
 
 

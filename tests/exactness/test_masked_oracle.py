@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging import version
 
 import vprune
 from tests.conftest import picture
@@ -74,7 +76,7 @@ def test_every_way_of_decoding(
     tiny_vlm: Any, tiny_processor: Any, options: dict[str, Any], mode: str, attention: str, dtype: torch.dtype
 ) -> None:
     model = tiny_vlm(attention=attention, dtype=dtype)
-    compare(model, batch(tiny_processor, "several", dtype), "attention", options, **MODES[mode])
+    compare(model, batch(tiny_processor, "padded", dtype), "attention", options, **MODES[mode])
 
 
 @pytest.mark.parametrize("tower", ["siglip", "clip"])
@@ -164,6 +166,33 @@ def test_a_second_turn_on_the_same_cache(
     assert torch.equal(pruned.sequences, oracle.sequences)
     for mine, theirs in zip(pruned.logits, oracle.logits, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("mode", ["beam", "returns"])
+def test_copies_of_several_images(tiny_vlm: Any, tiny_processor: Any, mode: str) -> None:
+    if version.parse(transformers.__version__) < version.parse("5.18"):
+        pytest.skip(
+            "transformers < 5.18 repeats every image before the next: copies of a sample get wrong images, hooks or not"
+        )
+    model = tiny_vlm(dtype=torch.float64)
+    compare(
+        model,
+        batch(tiny_processor, "several", torch.float64),
+        "attention",
+        {**RECYCLE, "size_aware": True},
+        **MODES[mode],
+    )
+
+
+@pytest.mark.parametrize("kind", ["single", "padded", "mixed"])
+@pytest.mark.parametrize("mode", ["greedy", "beam"])
+def test_masks_over_tokens_seen_serve_the_other_backends(
+    tiny_vlm: Any, tiny_processor: Any, monkeypatch: pytest.MonkeyPatch, mode: str, kind: str
+) -> None:
+    """Flash and flex take the 2-D mask and the cache's offset; here the dense backend is made to take them too."""
+    monkeypatch.setattr("vprune.models.masks._DENSE_BACKENDS", ())
+    model = tiny_vlm(dtype=torch.float64)
+    compare(model, batch(tiny_processor, kind, torch.float64), "attention", {"recycle": "grid"}, **MODES[mode])
 
 
 @pytest.mark.parametrize("method", METHODS)

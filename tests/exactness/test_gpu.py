@@ -1,0 +1,89 @@
+"""What only a GPU shows: the half-precision kernels, flex attention, and that no decoding step waits for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import vprune
+from tests.conftest import build_model
+from tests.exactness.oracle import full_sight, oracle_generate, without_pruned
+from tests.exactness.prompts import KINDS, batch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SIZES = {"recycle": "grid", "cells": 4, "size_aware": True}
+
+
+def on_gpu(processor: Any, kind: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: part.cuda() for name, part in batch(processor, kind, dtype).items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+def test_keeping_all_is_the_unhooked_model(tiny_processor: Any, attention: str, dtype: torch.dtype, kind: str) -> None:
+    model = build_model(attention=attention, dtype=dtype, width=64).cuda()
+    inputs = on_gpu(tiny_processor, kind, dtype)
+    plain = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    with vprune.prune(model, "attention", keep=1.0):
+        assert torch.equal(plain, model.generate(**inputs, max_new_tokens=6, do_sample=False))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, SIZES], ids=["plain", "sizes"])
+@pytest.mark.parametrize("method", ["attention", "vision", "random", "pool"])
+def test_it_equals_the_masked_model(tiny_processor: Any, method: str, options: dict[str, Any], kind: str) -> None:
+    model = build_model(dtype=torch.float64, width=64).cuda()
+    inputs = on_gpu(tiny_processor, kind, torch.float64)
+    more: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    with vprune.prune(model, method, keep=0.3, **options) as pruning:
+        pruned = model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **more)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    sight = full_sight(model, ids, mask, inputs["pixel_values"])
+    sight = without_pruned(sight, ids, list(pruning.last or []), bool(options))
+    oracle = oracle_generate(model, sight, ids, mask, **more)
+    assert torch.equal(pruned.sequences, oracle.sequences)
+    for mine, theirs in zip(pruned.logits, oracle.logits, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+def test_backends_agree_on_a_pruned_prompt(tiny_processor: Any, attention: str, kind: str) -> None:
+    inputs = on_gpu(tiny_processor, kind, torch.float32)
+    logits = []
+    for name in ("sdpa", attention):
+        model = build_model(attention=name, width=64).cuda()
+        with torch.no_grad(), vprune.prune(model, "uniform", keep=0.3):
+            out = model.generate(
+                **inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+        logits.append(torch.stack(out.logits))
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, SIZES], ids=["plain", "sizes"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_decoding_never_waits_and_repeats_itself(
+    tiny_processor: Any, dtype: torch.dtype, options: dict[str, Any], kind: str
+) -> None:
+    model = build_model(dtype=dtype, width=64).cuda()
+    inputs = on_gpu(tiny_processor, kind, dtype)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    runs = []
+    for _ in range(2):
+        with torch.no_grad(), vprune.prune(model, "attention", keep=0.2, **options):
+            out = model(**inputs)
+            token = out.logits[:, -1:].argmax(-1)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                runs.append(model(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values).logits)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert runs[0].isfinite().all() and torch.equal(runs[0], runs[1])
