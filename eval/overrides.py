@@ -139,7 +139,7 @@ def _complaint(error: HydraException, lines: Sequence[str]) -> VPruneError:
     group = key.partition(".")[0]
     shown = [name for name in known if name.startswith(f"{group}.")] if "." in key else []
     shown = shown or [name for name in known if "." not in name]
-    return VPruneError(f"there is no option {key!r}{_nearest(key, known)}; there is {', '.join(shown)}")
+    return VPruneError(f"there is no option {key!r}{_nearest(key, shown)}; there is {', '.join(shown)}")
 
 
 def _flat(config: DictConfig, prefix: str = "") -> list[str]:

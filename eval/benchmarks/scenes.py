@@ -7,8 +7,7 @@ from pathlib import Path
 
 from vprune.errors import VPruneError
 from vprune.eval.benchmarks.folder import Folder
-
-KINDS = ("exists", "colour", "shape", "count", "position", "relation", "number", "where", "compare", "list", "refer")
+from vprune.eval.scenes.world import KINDS
 
 
 class Scenes(Folder):

@@ -15,7 +15,7 @@ class ScenesFresh(Scenes):
     """A split of `images` scenes drawn from `seed`, written below `cache` once and read from there afterwards.
 
     `photographs` names the backgrounds: "test" (those of the shipped split) or "train".
-    Raises VPruneError for a negative seed or no images.
+    Raises VPruneError for a negative seed, no images, or other photographs.
     """
 
     def __init__(
@@ -26,10 +26,11 @@ class ScenesFresh(Scenes):
         photographs: str = "test",
         template: str = "{question}",
     ) -> None:
-        if images < 1:
-            raise VPruneError(f"benchmark.images={images}: a split needs at least one image")
-        if seed < 0:
-            raise VPruneError(f"benchmark.seed={seed} is negative; seeds are integers >= 0")
+        for key, value, least in (("images", images, 1), ("seed", seed, 0)):
+            if not isinstance(value, int) or value < least:
+                raise VPruneError(f"benchmark.{key}={value}: expected an integer >= {least}")
+        if photographs not in ("test", "train"):
+            raise VPruneError(f"benchmark.photographs={photographs} is unknown; there is test, train")
         folder = Path(cache) / f"scenes-{photographs}-{images}-seed_{seed}"
         if not (folder / SAMPLES_FILE).is_file():
             _draw(folder, seed, images, photographs)

@@ -12,6 +12,8 @@ from vprune import VPruneError
 from vprune.eval.batches import draw, form
 from vprune.eval.benchmarks.folder import Folder
 from vprune.eval.benchmarks.scenes import Scenes
+from vprune.eval.benchmarks.scenes_fresh import ScenesFresh
+from vprune.eval.scenes.world import KINDS
 
 
 @pytest.fixture
@@ -139,6 +141,34 @@ def test_a_folder_without_samples_is_refused(tmp_path: Path) -> None:
         Folder(tmp_path)
     with pytest.raises(VPruneError, match="does not exist"):
         Folder(tmp_path / "nowhere")
+
+
+def test_a_fresh_split_is_drawn_once(tmp_path: Path) -> None:
+    fresh = ScenesFresh(tmp_path / "cache", seed=1, images=2)
+    assert len({sample.image for sample in fresh.samples}) == 2
+    assert all(fresh.score(sample, sample.answer) == 1.0 for sample in fresh.samples)
+    (drawn,) = (tmp_path / "cache").iterdir()
+    written = (drawn / "samples.jsonl").stat().st_mtime_ns
+    assert ScenesFresh(tmp_path / "cache", seed=1, images=2).fingerprint == fresh.fingerprint
+    assert (drawn / "samples.jsonl").stat().st_mtime_ns == written
+    assert ScenesFresh(tmp_path / "cache", seed=2, images=2).fingerprint != fresh.fingerprint
+
+
+@pytest.mark.parametrize("options", [{"seed": -1}, {"images": 0}, {"images": "few"}, {"photographs": "mine"}])
+def test_a_fresh_split_that_cannot_be_drawn_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(VPruneError, match=f"benchmark.{next(iter(options))}="):
+        ScenesFresh(tmp_path, **options)
+
+
+def test_the_shipped_split_is_whole() -> None:
+    scenes = Scenes()
+    assert len(scenes.samples) >= 3000
+    assert {sample.kind for sample in scenes.samples} == set(KINDS)
+    assert all(scenes.score(sample, sample.answer) == 1.0 for sample in scenes.samples)
+    masks = [scenes.evidence_mask(sample) for sample in scenes.samples[:50]]
+    assert all(
+        mask is not None and mask.any() for mask, sample in zip(masks, scenes.samples, strict=False) if sample.evidence
+    )
 
 
 def test_a_draw_keeps_the_shares_of_the_kinds(folder: Path) -> None:
