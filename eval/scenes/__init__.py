@@ -1,4 +1,4 @@
-"""Scenes: a procedural visual question answering world with exact masks, boxes, captions and the evidence of every answer.
+"""Scenes: a procedural world of questions about images, with exact masks, boxes, captions and evidence.
 
 `world` holds the nouns, `layout` draws a scene from a seed, `render` paints a batch of scenes with torch, `questions`
 asks about them and `split` writes a benchmark folder.

@@ -6,7 +6,20 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from vprune.eval.scenes.world import CELL, COLOURS, COLUMNS, GRID, KINDS, ROWS, SHAPES, SIDE, SIZES, Object, Question, Scene
+from vprune.eval.scenes.world import (
+    CELL,
+    COLOURS,
+    COLUMNS,
+    GRID,
+    KINDS,
+    ROWS,
+    SHAPES,
+    SIDE,
+    SIZES,
+    Object,
+    Question,
+    Scene,
+)
 
 RELATION_MARGIN = 32.0
 """Least distance in pixels, along the axis asked about, between two objects that are compared in place."""
@@ -16,6 +29,11 @@ LARGER = 1.3
 """Least ratio of two radii of which one is called larger."""
 
 YES_NO = ("no", "yes")
+PLAIN = (
+    "is there a an in the image what colour object objects with number shape how many are left right above below of on "
+    "read where which larger smaller or list point to leftmost rightmost topmost bottommost yes no describe all"
+)
+"""The words of the templates below; those of the world are added by `words`."""
 
 
 def ask(kind: str, scene: Scene, rng: random.Random) -> Question | None:
@@ -270,9 +288,5 @@ def words() -> list[str]:
     plurals = [s + ("es" if s.endswith("s") else "s") for s in SHAPES]
     grid = [f"{axis}{n:02d}" for axis in "xy" for n in range(GRID)]
     digits = [*"0123456789", *(f"##{d}" for d in range(10))]
-    plain = (
-        "is there a an in the image what colour object objects with number shape how many are left right above below "
-        "of on read where which larger smaller or list point to leftmost rightmost topmost bottommost yes no describe all"
-    ).split()
-    listed = [*plain, *SHAPES, *plurals, *COLOURS, *SIZES, *ROWS, *COLUMNS, *digits, *grid, "?", ".", ","]
+    listed = [*PLAIN.split(), *SHAPES, *plurals, *COLOURS, *SIZES, *ROWS, *COLUMNS, *digits, *grid, "?", ".", ","]
     return list(dict.fromkeys(listed))

@@ -1,7 +1,7 @@
 """Paints batches of scenes with torch: signed-distance shapes and numbers over crops of photographs.
 
-Everything is vectorised over the batch, so the same function fills a GPU in training and writes the test split on a CPU.
-Each object is painted into a 128 x 128 window around its centre, not over the whole image.
+Everything is vectorised over the batch, so the same function fills a GPU in training and writes the test split on a
+CPU. Each object is painted into a 128 x 128 window around its centre, not over the whole image.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import grid_sample, pad
 
 from vprune.eval.scenes.world import DARK_TEXT, MAX_OBJECTS, RGB, SHAPES, SIDE, Scene
 
@@ -26,7 +26,7 @@ EXTENT = 1.3
 """Half-width, in radii, of the table of signed distances."""
 TABLE = 160
 TEXT_HEIGHT = (0.46, 0.46, 0.38, 0.34, 0.34, 0.0, 0.40, 0.38)
-"""Half-height of a number in radii, by shape: what fits inside circle, square, triangle, star, cross, ring, heart, diamond."""
+"""Half-height of a number in radii, by shape in the order of SHAPES: what fits inside."""
 TEXT_SHIFT = (0.0, 0.0, 0.22, 0.06, 0.0, 0.0, -0.08, 0.0)
 OUTLINE = 2.0
 """Width of an object's outline in pixels."""
@@ -35,12 +35,13 @@ WORLD = Path(__file__).parents[2] / "assets" / "world"
 
 @dataclass(frozen=True)
 class Batch:
-    """Scenes as tensors: `objects` [B, 8, 11], `text` [B, 8] (number or -1), `background` [B, 13]."""
+    """Scenes as tensors: `objects` [B, 8, 12] and `background` [B, 12], float32."""
 
     objects: Tensor
     background: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
         return Batch(self.objects.to(device, non_blocking=True), self.background.to(device, non_blocking=True))
 
 
@@ -92,13 +93,14 @@ class Painter:
         """Paints the scenes.
 
         Returns:
-            images uint8 [B, 3, 384, 384] and, for every pixel, the index of the object seen there or -1, int8 [B, 384, 384].
+            images uint8 [B, 3, 384, 384] and, for every pixel, the index of the object seen there or -1: int8
+            [B, 384, 384].
         """
         batch = batch.to(self.device)
         half = WINDOW // 2
         size = len(batch.objects)
         padded = SIDE + 2 * half
-        canvas = F.pad(self._backgrounds(batch.background), (half, half, half, half)).permute(0, 2, 3, 1).contiguous()
+        canvas = pad(self._backgrounds(batch.background), (half, half, half, half)).permute(0, 2, 3, 1).contiguous()
         seen = torch.full((size, padded, padded), -1, dtype=torch.int8, device=self.device)
         offsets = torch.arange(WINDOW, device=self.device)
         rows = torch.arange(size, device=self.device)[:, None, None]
@@ -111,7 +113,9 @@ class Painter:
             colour, alpha = self.paint(o, ys - half, xs - half)
             under = canvas[rows, ys, xs]
             canvas[rows, ys, xs] = torch.lerp(under, colour, alpha[..., None])
-            seen[rows, ys, xs] = torch.where(alpha > 0.5, torch.tensor(k, dtype=torch.int8, device=self.device), seen[rows, ys, xs])
+            seen[rows, ys, xs] = torch.where(
+                alpha > 0.5, torch.tensor(k, dtype=torch.int8, device=self.device), seen[rows, ys, xs]
+            )
         inner = slice(half, half + SIDE)
         images = canvas[:, inner, inner].permute(0, 3, 1, 2)
         return images.round().clamp(0, 255).to(torch.uint8), seen[:, inner, inner]
@@ -158,12 +162,12 @@ class Painter:
         for i in range(0, len(index), 64):  # 64 photographs at a time: 200 MB as float32
             part = slice(i, i + 64)
             photographs = self.photographs[index[part]].float()
-            out[part] = F.grid_sample(photographs, grid[part], padding_mode="reflection", align_corners=False)
+            out[part] = grid_sample(photographs, grid[part], padding_mode="reflection", align_corners=False)
         return out
 
 
 def _look_up(tables: Tensor, index: Tensor, u: Tensor, v: Tensor, outside: float | None = None) -> Tensor:
-    """Bilinear look-up at (u, v) in -1..1 of table `index` [B] of `tables` [T, H, W]; beyond it the border or `outside`."""
+    """Bilinear look-up at (u, v) in -1..1 of table `index` [B] of [T, H, W]; beyond it the border or `outside`."""
     height, width = tables.shape[1:]
     x = ((u + 1) * (width / 2) - 0.5).clamp(0, width - 1.001)
     y = ((v + 1) * (height / 2) - 0.5).clamp(0, height - 1.001)
@@ -187,6 +191,7 @@ def load_photographs(split: str) -> Tensor:
 
 
 def photograph_names(split: str) -> list[str]:
+    """Names of the photographs of `train` or `test`."""
     return [f.stem for f in sorted((WORLD / "photographs" / split).glob("*.webp"))]
 
 
@@ -218,7 +223,9 @@ def _regular(points: int, outer: float, inner: float) -> list[tuple[float, float
     """A regular polygon (inner = outer) or star, first point up."""
     count = points if inner == outer else 2 * points
     radii = [outer if i % 2 == 0 or inner == outer else inner for i in range(count)]
-    return [(r * math.sin(2 * math.pi * i / count), -r * math.cos(2 * math.pi * i / count)) for i, r in enumerate(radii)]
+    return [
+        (r * math.sin(2 * math.pi * i / count), -r * math.cos(2 * math.pi * i / count)) for i, r in enumerate(radii)
+    ]
 
 
 def _heart() -> list[tuple[float, float]]:
@@ -245,7 +252,7 @@ def number_masks() -> Tensor:
     """Coverage of the numbers 0..99, one or two digits centred in a 4:3 box: float32 [100, 48, 64] in 0..1."""
     sheet = np.asarray(Image.open(WORLD / "digits.png").convert("L"), dtype=np.float32) / 255
     digits = np.split(sheet, 10, axis=1)
-    height, width = digits[0].shape
+    height = len(sheet)
     masks = np.zeros((100, 48, 64), dtype=np.float32)
     for n in range(100):
         text = np.concatenate([digits[int(d)] for d in str(n)], axis=1)

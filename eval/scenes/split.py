@@ -1,4 +1,4 @@
-"""Writes a split of the scenes benchmark: images, `samples.jsonl`, and every object's mask, box and caption in COCO format."""
+"""Writes a split of the scenes benchmark: images, `samples.jsonl`, and every object's mask, box and caption."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def write_split(
 
     Args:
         folder: where to write `samples.jsonl`, `objects.json` and `images/NNNNNN.webp`.
-        images: number of scenes; every one is asked `questions_per_image` questions, all kinds about equally often.
+        images: number of scenes.
         seed: the same seed gives the same scenes, questions and answers on every machine.
         photographs: the set of backgrounds, `test` or `train`.
+        questions_per_image: questions about every scene, all kinds about equally often.
         quality: WebP quality of the images.
 
     Returns:
@@ -56,11 +57,9 @@ def write_split(
     samples: list[dict[str, Any]] = []
     records: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    index = 0
     for number in range(images):
-        rng = layout.stream(seed, index)
+        rng = layout.stream(seed, number)
         scene, picture, seen = _draw(rng, painter, backgrounds)
-        index += 1
         file = f"images/{number:06d}.webp"
         picture.save(folder / file, quality=quality, method=4)
         records.append({"id": number, "file_name": file, "width": SIDE, "height": SIDE})

@@ -63,6 +63,7 @@ class Object:
 
     @property
     def name(self) -> str:
+        """Colour and shape: `red circle`."""
         return f"{COLOURS[self.colour]} {SHAPES[self.shape]}"
 
     @property
@@ -77,6 +78,7 @@ class Object:
 
     @property
     def caption(self) -> str:
+        """Everything there is to say: `large red circle with the number 47 in the top left`."""
         number = "" if self.number is None else f" with the number {self.number}"
         return f"{SIZES[self.size]} {self.name}{number} in the {self.place}"
 

@@ -1,4 +1,4 @@
-"""The embedded vision-language model: a true LLaVA of 11.5 M parameters with its tokenizer, processor and chat template."""
+"""The embedded vision-language model: a true LLaVA of 11.6 M parameters with tokenizer, processor and chat template."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.WordPiece()
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
         tokenizer_object=tokenizer,
         pad_token=SPECIAL[PAD],
         unk_token=SPECIAL[UNKNOWN],
@@ -55,7 +55,7 @@ def build_processor() -> LlavaProcessor:
     """Image processor (384 x 384, scaled to -1..1), tokenizer and chat template in one."""
     size = {"height": SIDE, "width": SIDE}
     image_processor = SiglipImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    return LlavaProcessor(
+    return LlavaProcessor(  # type: ignore[no-untyped-call]  # the same
         image_processor=image_processor,
         tokenizer=build_tokenizer(),
         patch_size=CELL,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy, layer_norm, pad, scaled_dot_product_attention
 from transformers import AttentionInterface, LlavaForConditionalGeneration
 
 from vprune.eval.scenes.render import COLOUR, NUMBER, SHAPE, X, Y
@@ -30,23 +30,23 @@ def packed_attention(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention over the prefix, masked attention of the segments: two fused kernels instead of one masked one."""
+    """Causal attention of the prefix, masked attention of the segments: two fused kernels, not one masked one."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     prefix = query.shape[2] - attention_mask.shape[2]
-    head = F.scaled_dot_product_attention(
+    head = scaled_dot_product_attention(
         query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix], is_causal=True, scale=scaling
     )
-    tail = F.scaled_dot_product_attention(query[:, :, prefix:], key, value, attn_mask=attention_mask, scale=scaling)
+    tail = scaled_dot_product_attention(query[:, :, prefix:], key, value, attn_mask=attention_mask, scale=scaling)
     return torch.cat((head, tail), dim=2).transpose(1, 2), None
 
 
 def segment_mask(segments: Tensor) -> Tensor:
-    """True where a segment token may look: the whole prefix, and the earlier tokens of its own segment: [B, 1, S, 577 + S]."""
+    """True where a segment token may look: the prefix and its own segment so far. [B, S] -> [B, 1, S, 577 + S]."""
     length = segments.shape[1]
     order = torch.arange(length, device=segments.device)
     own = (segments[:, :, None] == segments[:, None, :]) & (order[:, None] >= order[None, :])
-    return F.pad(own, (PREFIX, 0), value=True)[:, None]
+    return pad(own, (PREFIX, 0), value=True)[:, None]
 
 
 class PackedVLM(nn.Module):
@@ -56,7 +56,7 @@ class PackedVLM(nn.Module):
         super().__init__()
         AttentionInterface.register(ATTENTION, packed_attention)
         self.vlm = model
-        width = model.config.text_config.hidden_size
+        width = int(model.lm_head.in_features)
         self.patch_head = nn.Linear(width, sum(PATCH_CLASSES))
         self.grounding_head = nn.Linear(width, 2 * GRID)
         self.attention_before = model.model.language_model.config._attn_implementation
@@ -67,7 +67,9 @@ class PackedVLM(nn.Module):
         self.vlm.model.language_model.config._attn_implementation = self.attention_before
         return self.vlm
 
-    def forward(self, pixels: Tensor, tokens: Tensor, segments: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, pixels: Tensor, tokens: Tensor, segments: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the segments [B, S, V], the patches [B, 576, 40] and of where named objects are [B, S, 2, 24].
 
         `pixels` are [B, 3, 384, 384] in -1..1.
@@ -86,12 +88,13 @@ class PackedVLM(nn.Module):
             hidden = layer(hidden, attention_mask=mask, position_ids=position_ids, position_embeddings=rotary)
             if index + 1 == GROUNDING_LAYER:
                 middle = hidden[:, PREFIX:]
-        where = self.grounding_head(F.layer_norm(middle, middle.shape[-1:])).unflatten(-1, (2, GRID))
+        where = self.grounding_head(layer_norm(middle, middle.shape[-1:])).unflatten(-1, (2, GRID))
         return self.vlm.lm_head(decoder.norm(hidden[:, PREFIX:])), self.patch_head(features), where
 
 
 def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+    """Cross entropy of the answers' tokens."""
+    return cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
 
 
 def grounding_loss(logits: Tensor, grounding: Tensor, objects: Tensor) -> Tensor:
@@ -99,7 +102,7 @@ def grounding_loss(logits: Tensor, grounding: Tensor, objects: Tensor) -> Tensor
     index = grounding.clamp(min=0)
     cells = torch.stack([objects[:, :, axis].gather(1, index) / CELL for axis in (X, Y)], dim=-1).long()
     cells = torch.where(grounding[..., None] >= 0, cells, IGNORE)
-    return F.cross_entropy(logits.float().flatten(0, 2), cells.flatten(), ignore_index=IGNORE)
+    return cross_entropy(logits.float().flatten(0, 2), cells.flatten(), ignore_index=IGNORE)
 
 
 def patch_labels(seen: Tensor, objects: Tensor) -> Tensor:
@@ -128,7 +131,7 @@ def patch_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over the four attributes of the cross entropy; patches of the background count a tenth."""
     weight = torch.where(labels[..., 0] < len(COLOURS), 1.0, 0.1).flatten()
     losses = [
-        (F.cross_entropy(part.float().flatten(0, 1), labels[..., i].flatten(), reduction="none") * weight).sum()
-        for i, part in enumerate(logits.split(PATCH_CLASSES, dim=-1))
+        (cross_entropy(part.float().flatten(0, 1), labels[..., i].flatten(), reduction="none") * weight).sum()
+        for i, part in enumerate(torch.split(logits, list(PATCH_CLASSES), dim=-1))
     ]
     return torch.stack(losses).mean() / weight.sum()

@@ -1,8 +1,8 @@
 """Packs many questions about one image into one training sequence, none of them seeing another.
 
-A sequence is `<|user|>`, the 576 visual tokens, then segments `question <|assistant|> answer <|end|>`. Every segment starts
-at the same position and attends to the image and to itself only, so that each one is exactly what `generate` will see:
-the first and only question about an image.
+A sequence is `<|user|>`, the 576 visual tokens, then segments `question <|assistant|> answer <|end|>`. Every segment
+starts at the same position and attends to the image and to itself only, so that each one is exactly what `generate`
+will see: the first and only question about an image.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Vocabulary:
         self.cache: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
+        """Token ids of a text in words of the world."""
         ids: list[int] = []
         for word in text.split():
             found = self.cache.get(word)
@@ -60,7 +61,7 @@ class Vocabulary:
         return ids
 
     def names(self, scene: Scene) -> dict[tuple[int, int], int]:
-        """Pairs of adjacent tokens that name one object of the scene without doubt: `red circle`, `number 4`, `4 ##7`."""
+        """Pairs of adjacent tokens that name one object without doubt: `red circle`, `number 4`, `4 ##7`."""
         found: dict[tuple[int, int], int] = {}
         seen = Counter((o.colour, o.shape) for o in scene.objects)
         for i, o in enumerate(scene.objects):
