@@ -71,7 +71,7 @@ def seeing(model: Any, sight: Sight) -> Iterator[None]:
         seen = torch.nn.functional.pad(sight.seen.repeat_interleave(copies, 0), (0, total - prompt), value=True)
         bias = torch.nn.functional.pad(sight.bias.repeat_interleave(copies, 0), (0, total - prompt))
         allowed = seen[:, None, None] & torch.ones(total, total, dtype=torch.bool).tril()
-        mask = torch.where(allowed, bias[:, None, None].to(given.dtype), torch.finfo(given.dtype).min)
+        mask = torch.where(allowed, bias[:, None, None].to(given.dtype), torch.finfo(torch.float32).min)
         return args, {**kwargs, "inputs_embeds": embeds, "attention_mask": mask}
 
     handle = model.get_decoder().register_forward_pre_hook(before, with_kwargs=True)

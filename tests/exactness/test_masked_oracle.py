@@ -12,7 +12,7 @@ from packaging import version
 
 import vprune
 from tests.conftest import picture
-from tests.exactness.oracle import full_sight, oracle_generate, without_pruned
+from tests.exactness.oracle import full_sight, oracle_generate, seeing, without_pruned
 from tests.exactness.prompts import KINDS, batch, chat
 
 METHODS = [
@@ -166,6 +166,41 @@ def test_a_second_turn_on_the_same_cache(
     assert torch.equal(pruned.sequences, oracle.sequences)
     for mine, theirs in zip(pruned.logits, oracle.logits, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("kind", ["single", "padded"])
+@pytest.mark.parametrize("options", [{}, {**RECYCLE, "size_aware": True}], ids=["plain", "sizes"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_map_of_a_second_image_sees_what_is_left_of_the_first(
+    tiny_vlm: Any, tiny_processor: Any, layer: int, options: dict[str, Any], kind: str
+) -> None:
+    """Instruction rows share their attention with earlier turns: dropped tokens get none of it, merged rows more."""
+    model, eager = tiny_vlm(dtype=torch.float64), tiny_vlm(attention="eager", dtype=torch.float64)
+    first = batch(tiny_processor, kind, torch.float64)
+    rows, mask = first["input_ids"].shape[0], first["attention_mask"]
+    texts = [chat(tiny_processor, question, 1, first=False) for question in ("two blue square ?", "no")[:rows]]
+    second = second_turn(tiny_processor, first["input_ids"], mask, texts, rows)
+    ids, length = second["input_ids"], first["input_ids"].shape[1]
+    with torch.no_grad(), vprune.prune(model, "attention", keep=0.3, layer=layer, **options) as pruning:
+        cache = model(**first).past_key_values
+        reports = list(pruning.last or [])
+        rest = {"input_ids": ids[:, length:], "position_ids": (second["attention_mask"].cumsum(-1) - 1).clamp(min=0)}
+        rest["position_ids"] = rest["position_ids"][:, length:]
+        model(
+            **rest, attention_mask=second["attention_mask"], pixel_values=second["pixel_values"], past_key_values=cache
+        )
+    # The first forward ran without position ids, as the library counts them for itself: padding included.
+    positions = torch.cat([torch.arange(length).expand(rows, -1), rest["position_ids"]], 1)
+    pictures = zip(first["pixel_values"].split([1] * rows), second["pixel_values"].split([1] * rows), strict=True)
+    pixels = torch.cat([part for pair in pictures for part in pair])
+    sight = full_sight(model, ids, second["attention_mask"], pixels)
+    with torch.no_grad(), seeing(eager, without_pruned(sight, ids, reports, bool(options))):
+        full = eager(input_ids=ids, position_ids=positions, use_cache=False, output_attentions=True)
+    assert pruning.last is not None
+    for report in pruning.last:
+        columns = (ids[report.sample] == 4).nonzero().squeeze(-1)[-report.tokens_before :]
+        expected = full.attentions[layer][report.sample, :, int(columns[-1]) + 1 :, columns].mean((0, 1)).float()
+        torch.testing.assert_close(report.importance.flatten(), expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("mode", ["beam", "returns"])

@@ -20,11 +20,14 @@ def attention_mask_4d(valid: Tensor, bias: Tensor | None, queries: int, backend:
     """
     length = valid.shape[1]
     index = torch.arange(length, device=valid.device)
-    allowed = valid[:, None, None] & (index <= index[length - queries :, None])
+    own = index[length - queries :, None]
+    # A padding row sees itself, and nobody else sees it: a row that sees nothing would be not-a-number in some kernels.
+    allowed = (valid[:, None, None] & (index <= own)) | (index == own)
     if bias is None and backend == "sdpa":
         return allowed
     shift = torch.zeros((), dtype=dtype, device=valid.device) if bias is None else bias[:, None, None].to(dtype)
-    return torch.where(allowed, shift, torch.finfo(dtype).min)
+    # Attention in float64 may take its softmax in float32, where the least float64 would be minus infinity.
+    return torch.where(allowed, shift, max(torch.finfo(dtype).min, torch.finfo(torch.float32).min))
 
 
 def new_rows_valid(mask: Any, queries: int, device: torch.device) -> Tensor | None:

@@ -75,8 +75,8 @@ class TowerWatch:
         pixels: Tensor = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
         if pixels.ndim != 4:
             raise VPruneError(
-                f"{type(tower).__name__} takes pixels of shape {tuple(pixels.shape)}, not [images, channels, height, width]: "
-                "this family of models is not supported yet"
+                f"{type(tower).__name__} takes pixels of shape {tuple(pixels.shape)}, "
+                "not [images, channels, height, width]: this family of models is not supported yet"
             )
         patch = int(tower.config.patch_size)  # type: ignore[union-attr,arg-type]
         grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
