@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
-from tests.packaging.checkout import LINKS, build, install, python, tree_files
+from tests.packaging.checkout import LINKS, build, install, python, run, tree_files
 from tests.packaging.conftest import Distributions
 
 # One worker builds once; the others would build again.
@@ -66,16 +67,18 @@ for name in {sorted(LINKS)}:
 
 
 def test_the_editable_install_reaches_the_root_folders(distributions: Distributions, tmp_path: Path) -> None:
-    tree = Path(shutil.copytree(distributions.tree, tmp_path / "checkout", symlinks=True))
+    """Looked up without the environment's own site-packages, where vprune may be installed already."""
+    tree = Path(shutil.copytree(distributions.tree, tmp_path / "checkout", symlinks=True)).resolve()
     target = install(tree, tmp_path / "site", "--editable")
     code = f"""
 import site; site.addsitedir({str(target)!r})
-import importlib, pathlib, vprune
+import importlib.util, pathlib
 for name in {sorted(LINKS)}:
-    module = importlib.import_module("vprune." + name)
-    print(pathlib.Path(next(iter(module.__path__))).resolve().relative_to({str(tree.resolve())!r}))
+    (place,) = importlib.util.find_spec("vprune." + name).submodule_search_locations
+    print(pathlib.Path(place).resolve().relative_to({str(tree)!r}))
 """
-    assert python(code, tmp_path, PYTHONPATH="").split() == ["assets", "conf", "eval", "kernels/ops"]
+    found = run([sys.executable, "-I", "-S", "-c", code], tmp_path)
+    assert found.split() == ["assets", "conf", "eval", "kernels/ops"]
 
 
 def test_the_console_script_is_declared(distributions: Distributions, tmp_path: Path) -> None:
