@@ -161,7 +161,7 @@ def _unloadable(choice: ModelChoice, error: Exception) -> str:
     if "trust_remote_code" in text:
         return f"{message} If you trust its code, add model.trust_remote_code=true."
     if choice.attention in text or "attn_implementation" in text:
-        return f"{message} Try engine=eager."
+        return f"{message} Try engine.attention=eager."
     if not Path(resolve(choice.path)).is_dir():
         return f"{message} Is the hub reachable from here, or the model in its cache?"
     return message

@@ -84,7 +84,7 @@ def test_a_benchmark_may_be_a_folder(tmp_path: Path) -> None:
         ("model=embeded", r"model=embeded is unknown \(did you mean embedded\?\).*local folder, a hub id"),
         ("benchmark=nowhere", r"benchmark=nowhere is unknown; there is folder, scenes.*samples\.jsonl"),
         ("benchmark=", r"benchmark= is unknown"),
-        ("engine=spda", r"did you mean sdpa"),
+        ("engine=locl", r"did you mean local"),
         ("kep=0.1", r"there is no option 'kep' \(did you mean keep\?\); there is .*keep, layer"),
         ("metod=full", r"did you mean method\?"),
         ("method.foo=1", r"there is no option 'method\.foo'.*method\.keep"),
