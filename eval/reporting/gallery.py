@@ -6,7 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
@@ -104,7 +104,8 @@ def _cards(section: Section, cases: Sequence[Case]) -> list[Card]:
         sample, row = samples.get(case.sample_id), case.entry.answers[case.sample_id]
         if sample is None or sample.question != row["question"]:
             raise VPruneError(f"benchmark={benchmark.name} no longer holds sample {case.sample_id!r} as it was asked")
-    loaded = load_model(_job(cases[0].entry.run).model_choice)
+    # Whatever the runs were made on, the pictures are drawn on what this machine has.
+    loaded = load_model(replace(_job(cases[0].entry.run).model_choice, device="auto"))
     return [_card(section, case, samples[case.sample_id], benchmark, loaded) for case in cases]
 
 
