@@ -35,7 +35,7 @@ def full_sight(model: Any, input_ids: Tensor, attention_mask: Tensor, pixel_valu
         if pixel_values is not None:
             features = torch.cat(list(model.model.get_image_features(pixel_values.to(embeds.dtype)).pooler_output))
             embeds = embeds.masked_scatter((input_ids == IMAGE_TOKEN)[..., None], features)
-    return Sight(embeds, attention_mask.bool().clone(), torch.zeros(attention_mask.shape, dtype=torch.float64))
+    return Sight(embeds, attention_mask.bool().clone(), torch.zeros_like(attention_mask, dtype=torch.float64))
 
 
 def without_pruned(sight: Sight, input_ids: Tensor, reports: Sequence[Any], size_aware: bool = False) -> Sight:
@@ -70,7 +70,7 @@ def seeing(model: Any, sight: Sight) -> Iterator[None]:
         embeds = torch.cat([sight.embeds.repeat_interleave(copies, 0), given[:, prompt:]], 1)
         seen = torch.nn.functional.pad(sight.seen.repeat_interleave(copies, 0), (0, total - prompt), value=True)
         bias = torch.nn.functional.pad(sight.bias.repeat_interleave(copies, 0), (0, total - prompt))
-        allowed = seen[:, None, None] & torch.ones(total, total, dtype=torch.bool).tril()
+        allowed = seen[:, None, None] & torch.ones(total, total, dtype=torch.bool, device=seen.device).tril()
         mask = torch.where(allowed, bias[:, None, None].to(given.dtype), torch.finfo(torch.float32).min)
         return args, {**kwargs, "inputs_embeds": embeds, "attention_mask": mask}
 
