@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vprune.errors import VPruneError
-from vprune.models.anatomy import Anatomy, carries_images, dissect, visual_places
+from vprune.models.anatomy import Anatomy, carries_images, dissect, visual_kinds
 from vprune.models.cache import StoredRows, first_logical, record_dropped, widened
 from vprune.models.masks import prefill_mask, refuse_bias, stored_mask
-from vprune.models.prefill import read_prefill, restored, with_cache
+from vprune.models.prefill import read_prefill, restored, shortened_deepstack, with_cache
 from vprune.models.tower import TowerWatch
 from vprune.pruner import Pruner, Resize, load_method
 from vprune.records import PruneReport
@@ -80,7 +80,7 @@ class Pruning:
         )
         self._attached = False
         self._handles: list[RemovableHandle] = []
-        self._visual: Tensor | None = None  # places of this forward's visual tokens, bool [B, L]
+        self._visual: Tensor | None = None  # places of this forward's visual tokens, bool [kinds, B, L]
         self._passage: _Passage | None = None  # the shortened prefill that the decoder is running
 
     def __enter__(self) -> Pruning:
@@ -154,7 +154,7 @@ class Pruning:
         if kwargs.get("mm_encoder_outputs") is None:
             self._tower.forget()  # the tower runs inside this forward; what it saw before belongs to no one
         input_ids = args[0] if args else kwargs.get("input_ids")
-        self._visual = visual_places(self._anatomy, input_ids, kwargs.get("inputs_embeds"))
+        self._visual = visual_kinds(self._anatomy, input_ids, kwargs.get("inputs_embeds"))
 
     def _after_base(self, base: nn.Module, args: Any, output: Any) -> None:
         if self._visual is not None:
@@ -198,7 +198,8 @@ class Pruning:
             self._sliding,
         )
         positions = short.shorten_positions(prefill.positions)
-        return {**kwargs, "inputs_embeds": embeds, "position_ids": positions, "attention_mask": masked}
+        features = shortened_deepstack(kwargs, short.shorten)
+        return {**kwargs, **features, "inputs_embeds": embeds, "position_ids": positions, "attention_mask": masked}
 
     def _after_decoder(self, decoder: nn.Module, args: Any, output: Any) -> Any:
         if self._passage is None:

@@ -148,7 +148,7 @@ class Resize(Pruner):
         """
         if seen is None:
             raise VPruneError("method=resize: pass pixel_values inside the `with vprune.prune(...)` block")
-        return representatives(cell_of_token(image.grid, (1, *(seen.small_grid or seen.grid))))
+        return representatives(cell_of_token(image.grid, (1, *(seen.small_grid or seen.grid[1:]))))
 
 
 def checked_keep(keep: Any) -> float | int:

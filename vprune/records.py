@@ -44,14 +44,17 @@ class VisualTokens:
 class TowerImage:
     """What was seen of one image on its way through the vision tower.
 
-    `grid` is the patch grid (h, w); `fingerprint` a checksum of the pixels, `received` the attention its patches
-    receive (float32 [h * w]) and `small_grid` the grid it was resized to, each only when the method asked for it.
+    `grid` is the grid (t, h, w) of the visual tokens that it becomes; `fingerprint` a checksum of the pixels,
+    `received` the attention its tokens' patches receive (float32 [t * h * w]) and `small_grid` the grid (h', w') it was
+    resized to, each only when the method asked for it. `call` numbers the runs of the tower: pictures and videos are
+    read in runs of their own.
     """
 
-    grid: tuple[int, int]
+    grid: Grid
     fingerprint: int = 0
     received: Tensor | None = None
     small_grid: tuple[int, int] | None = None
+    call: int = 0
 
 
 @dataclass
@@ -60,8 +63,8 @@ class Prefill:
 
     `hidden` [B, L, D] are the decoder's inputs, `positions` its position ids ([B, L] or [rows, B, L]), `valid` and
     `visual` bool [B, L] mark what is no padding and what is a visual token. The cache already stores `stored` rows of
-    earlier turns, of which `past` is known. `tower` lists the images that the vision tower saw, `evidence` what
-    `Pruning.evidence` was.
+    earlier turns, of which `past` is known. `deepstack`: visual features are added between the first layers, too.
+    `tower` lists the images that the vision tower saw, `evidence` what `Pruning.evidence` was.
     """
 
     anatomy: Anatomy
@@ -75,6 +78,7 @@ class Prefill:
     cache: Any
     stored: int
     past: StoredRows
+    deepstack: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vprune.errors import VPruneError
-from vprune.records import Grid, TowerImage, VisualTokens
+from vprune.records import TowerImage, VisualTokens
 
 _TOWER_NAMES = ("vision_tower", "visual", "vision_model")
 _ATTENTION_NAMES = ("self_attn", "attn", "attention")
@@ -22,13 +23,14 @@ class Anatomy:
     """The parts of one model instance that pruning touches.
 
     `base` merges image and text, `decoder` reads the result, `tower` sees the pixels; `token_ids` are the placeholders
-    of visual tokens in `input_ids`.
+    of pictures and of videos in `input_ids`; `config` is the whole model's.
     """
 
     base: nn.Module
     decoder: nn.Module
     tower: nn.Module | None
     token_ids: tuple[int, ...]
+    config: Any
 
     @property
     def layers(self) -> Sequence[nn.Module]:
@@ -88,7 +90,7 @@ def dissect(model: Any) -> Anatomy:
     if base is None or not hasattr(decoder, "layers"):
         raise VPruneError(f"{type(model).__name__}: found no text decoder with layers of its own inside it")
     tower = next((part for name in _TOWER_NAMES if isinstance(part := getattr(base, name, None), nn.Module)), None)
-    return Anatomy(base, decoder, tower, ids)
+    return Anatomy(base, decoder, tower, ids, config)
 
 
 def carries_images(kwargs: Mapping[str, Any]) -> bool:
@@ -98,15 +100,15 @@ def carries_images(kwargs: Mapping[str, Any]) -> bool:
     return any(one is not None for one in brought)
 
 
-def visual_places(anatomy: Anatomy, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    """Mark the places of visual tokens, bool [B, L], from placeholders (or their embeddings)."""
+def visual_kinds(anatomy: Anatomy, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """Mark the places of visual tokens, bool [kinds, B, L], from placeholders (or their embeddings)."""
+    ids = torch.tensor(anatomy.token_ids)
     if input_ids is not None:
-        return torch.isin(input_ids, torch.tensor(anatomy.token_ids, device=input_ids.device))
+        return input_ids == ids.to(input_ids.device)[:, None, None]
     assert inputs_embeds is not None
-    ids = torch.tensor(anatomy.token_ids, device=inputs_embeds.device)
     decoder: Any = anatomy.decoder
-    table: Tensor = decoder.get_input_embeddings()(ids)
-    return (inputs_embeds[:, :, None] == table).all(-1).any(-1)
+    table: Tensor = decoder.get_input_embeddings()(ids.to(inputs_embeds.device))
+    return torch.stack([(inputs_embeds == row).all(-1) for row in table])
 
 
 def count_visual_tokens(model: Any, input_ids: Tensor) -> list[int]:
@@ -115,18 +117,55 @@ def count_visual_tokens(model: Any, input_ids: Tensor) -> list[int]:
     Raises:
         VPruneError: `model` is no vision-language model.
     """
-    counts: list[int] = visual_places(dissect(model), input_ids, None).sum(-1).tolist()
+    counts: list[int] = visual_kinds(dissect(model), input_ids, None).any(0).sum(-1).tolist()
     return counts
 
 
-def visual_layout(anatomy: Anatomy, visual: Tensor, tower: Sequence[TowerImage]) -> list[VisualTokens]:
+def merge_side(model_config: Any, patches: int) -> int:
+    """The side s of the squares of s x s patches that become one visual token, in a tower of `patches` per image."""
+    vision = getattr(model_config, "vision_config", None)
+    if isinstance(side := getattr(vision, "spatial_merge_size", None), int):  # Qwen-VL
+        return side
+    if isinstance(ratio := getattr(model_config, "downsample_ratio", None), float):  # InternVL
+        return round(1 / ratio)
+    if isinstance(side := getattr(model_config, "scale_factor", None), int):  # Idefics3, SmolVLM
+        return side
+    if isinstance(tokens := getattr(model_config, "mm_tokens_per_image", None), int):  # Gemma 3
+        return round((patches / tokens) ** 0.5)
+    return 1
+
+
+def visual_layout(anatomy: Anatomy, kinds: Sequence[Tensor], tower: Sequence[TowerImage]) -> list[VisualTokens]:
     """Group the visual tokens of a batch into images, flat over rows and their images, in order.
 
-    `visual` bool [B, L] on the CPU; `tower` what the vision tower saw. Beams repeat each row (its images with it) after
-    the tower has run, so the tower may have seen a whole fraction of the images that stand in the prompt.
+    `kinds` holds the places of pictures and of videos, bool [B, L] each on the CPU; `tower` what the vision tower saw,
+    pictures in a run before the videos.
 
     Raises:
         VPruneError: the visual tokens of a row are not a whole number of images, as in chunked prefill.
+    """
+    present = [places for places in kinds if bool(places.any())]
+    calls = sorted({image.call for image in tower})
+    if len(present) <= 1 or len(calls) < len(present):
+        joined = torch.stack(list(kinds)).any(0)
+        return _grouped(anatomy, joined, tower, 0)
+    layout: list[VisualTokens] = []
+    for places, call in zip(present, calls[-len(present) :], strict=True):
+        first = next(number for number, image in enumerate(tower) if image.call == call)
+        layout += _grouped(anatomy, places, [image for image in tower if image.call == call], first)
+    layout.sort(key=lambda image: (image.sample, int(image.columns[0])))
+    numbered, counts = [], dict.fromkeys(range(kinds[0].shape[0]), 0)
+    for image in layout:
+        numbered.append(replace(image, image=counts[image.sample]))
+        counts[image.sample] += 1
+    return numbered
+
+
+def _grouped(anatomy: Anatomy, visual: Tensor, tower: Sequence[TowerImage], first_origin: int) -> list[VisualTokens]:
+    """The images of one kind, whose places are `visual`; the first of `tower` is the `first_origin`-th of all seen.
+
+    Beams repeat each row (its images with it) after the tower has run, so the tower may have seen a whole fraction of
+    the images that stand in the prompt.
     """
     counts = [int(count) for count in visual.sum(-1)]
     total = sum(counts)
@@ -154,8 +193,8 @@ def visual_layout(anatomy: Anatomy, visual: Tensor, tower: Sequence[TowerImage])
             columns, offset = visual[row].nonzero().squeeze(-1), 0
             for number, image in enumerate(seen[start:end]):
                 size = tokens_of(image)
-                origin = start + number + dropped if tower and seen[0] in tower else -1
-                layout.append(VisualTokens(row, number, columns[offset : offset + size], grid_of(image), origin))
+                origin = start + number + dropped + first_origin if tower else -1
+                layout.append(VisualTokens(row, number, columns[offset : offset + size], image.grid, origin))
                 offset += size
         start = end
     return layout
@@ -163,26 +202,22 @@ def visual_layout(anatomy: Anatomy, visual: Tensor, tower: Sequence[TowerImage])
 
 def tokens_of(image: TowerImage) -> int:
     """The number of visual tokens an image gives the decoder."""
-    return image.grid[0] * image.grid[1]
-
-
-def grid_of(image: TowerImage) -> Grid:
-    """The image's grid of visual tokens, (t, h, w)."""
-    return (1, *image.grid)
+    return math.prod(image.grid)
 
 
 def _untracked(anatomy: Anatomy, counts: Sequence[int]) -> list[TowerImage]:
     """Images of the config's own size, for features that were computed before the hooks were in place."""
     config = getattr(anatomy.tower, "config", None)
-    side = int(getattr(config, "image_size", 0) or 0) // int(getattr(config, "patch_size", 1) or 1)
+    pixels, patch = getattr(config, "image_size", 0) or 0, getattr(config, "patch_size", 1) or 1
+    side = pixels // patch if isinstance(pixels, int) and isinstance(patch, int) else 0
     if side and all(count % (side * side) == 0 for count in counts):
-        return [TowerImage((side, side)) for count in counts for _ in range(count // (side * side))]
-    return [TowerImage((1, count)) for count in counts if count]
+        return [TowerImage((1, side, side)) for count in counts for _ in range(count // (side * side))]
+    return [TowerImage((1, 1, count)) for count in counts if count]
 
 
 def _no_whole_images(counts: Sequence[int], image: TowerImage) -> VPruneError:
-    h, w = image.grid
+    shape = " x ".join(map(str, image.grid if image.grid[0] > 1 else image.grid[1:]))
     return VPruneError(
-        f"visual tokens per sample {list(counts)} are no whole images of {h * w} tokens ({h} x {w}): "
+        f"visual tokens per sample {list(counts)} are no whole images of {tokens_of(image)} tokens ({shape}): "
         "pass whole images in one prefill (prefill_chunk_size=None)"
     )

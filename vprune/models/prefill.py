@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,11 +36,11 @@ def with_cache(anatomy: Anatomy, kwargs: dict[str, Any]) -> dict[str, Any]:
 def read_prefill(
     anatomy: Anatomy,
     kwargs: dict[str, Any],
-    visual: Tensor,
+    kinds: Tensor,
     tower: Sequence[TowerImage],
     evidence: Sequence[Any] | None,
 ) -> Prefill:
-    """Describe the prefill that the decoder is about to run with `kwargs`; `visual` bool [B, L].
+    """Describe the prefill that the decoder is about to run with `kwargs`; `kinds` bool [kinds, B, L].
 
     Raises:
         VPruneError: a mask that is not [batch, length], or visual tokens that are no whole images.
@@ -50,7 +50,7 @@ def read_prefill(
     valid = new_rows_valid(mask, length, inputs.device)
     if valid is None:
         valid = torch.ones((batch, length), dtype=torch.bool, device=inputs.device)
-    visual = visual.to(inputs.device) & valid
+    kinds = kinds.to(inputs.device) & valid
     positions = kwargs.get("position_ids")
     if positions is None:
         seen = int(cache.get_seq_length()) if cache is not None else 0
@@ -61,13 +61,14 @@ def read_prefill(
         hidden=inputs,
         positions=positions,
         valid=valid,
-        visual=visual,
-        images=visual_layout(anatomy, visual.cpu(), tower),
+        visual=kinds.any(0),
+        images=visual_layout(anatomy, list(kinds.cpu()), tower),
         tower=list(tower),
         evidence=evidence,
         cache=cache,
         stored=stored,
         past=_past_rows(cache, mask, stored),
+        deepstack=kwargs.get("deepstack_visual_embeds") is not None,
     )
 
 
@@ -97,3 +98,19 @@ def restored(output: Any, lengthen: Any, width: int) -> Any:
     if states is not None:
         output["hidden_states"] = tuple(map(one, states))
     return output
+
+
+def shortened_deepstack(kwargs: dict[str, Any], shorten: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The features that are added at visual places after each of the first layers (DeepStack), for a shorter batch."""
+    marks, features = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
+    if marks is None or features is None:
+        return {}
+
+    def dense(rows: Tensor) -> Tensor:
+        return rows.new_zeros((*marks.shape, rows.shape[-1])).masked_scatter(marks[..., None], rows)
+
+    remain = shorten(marks[..., None].to(features[0].dtype)).squeeze(-1) > 0.5
+    return {
+        "visual_pos_masks": remain,
+        "deepstack_visual_embeds": [shorten(dense(rows.to(marks.device)))[remain] for rows in features],
+    }

@@ -86,11 +86,15 @@ def layer_attention(prefill: Prefill, layer: int) -> Captured:
     layers = prefill.anatomy.layers
     if not -len(layers) <= layer < len(layers):
         raise VPruneError(f"layer={layer}: the decoder has layers 0 to {len(layers) - 1}")
+    if layer % len(layers) and prefill.deepstack:
+        raise VPruneError(
+            f"layer={layer}: features are added between the first layers (DeepStack); only layer=0 is possible"
+        )
     decoder: Any = prefill.anatomy.decoder
     chosen: Any = layers[layer]
     with torch.no_grad():
         hidden, past = prefill.hidden, PastView(prefill.cache) if prefill.cache is not None else None
-        rope = decoder.rotary_emb(hidden, prefill.positions)
+        rope = decoder.rotary_emb(hidden, rotary_positions(prefill.positions))
         below = layers[: layer % len(layers)]
         if len(below):
             mask = attention_mask_4d(
@@ -113,6 +117,11 @@ def layer_attention(prefill: Prefill, layer: int) -> Captured:
             attention_mask=None,
             past_key_values=past,
         )
+
+
+def rotary_positions(positions: Tensor) -> Tensor:
+    """The rows of position ids that rotate: `generate` puts those of the text, for masks, before M-RoPE's three."""
+    return positions[1:] if positions.ndim == 3 and positions.shape[0] == 4 else positions
 
 
 def stored_and_new_valid(prefill: Prefill) -> Tensor:

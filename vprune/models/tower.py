@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
@@ -14,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vprune import kernels
 from vprune.errors import VPruneError
-from vprune.models.anatomy import Anatomy
+from vprune.models.anatomy import Anatomy, merge_side
 from vprune.models.probe import capture
 from vprune.records import TowerImage
 from vprune.selection import cell_of_token
@@ -37,6 +38,7 @@ class TowerWatch:
     small_grid: SmallGrid | None = None
     images: list[TowerImage] = field(default_factory=list)
     _fresh: list[TowerImage] = field(default_factory=list)
+    _side: int = 1  # patches along the side of a visual token
 
     def attach(self) -> list[RemovableHandle]:
         """Register the hooks; the handles remove them.
@@ -73,17 +75,15 @@ class TowerWatch:
 
     def _before(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         pixels: Tensor = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
-        if pixels.ndim != 4:
-            raise VPruneError(
-                f"{type(tower).__name__} takes pixels of shape {tuple(pixels.shape)}, "
-                "not [images, channels, height, width]: this family of models is not supported yet"
-            )
-        patch = int(tower.config.patch_size)  # type: ignore[union-attr,arg-type]
-        grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
-        prints = fingerprints(pixels) if self.fingerprints else [0] * len(pixels)
-        self._fresh = [TowerImage(grid, fingerprint) for fingerprint in prints]
+        self._fresh = self._packed(pixels, kwargs) if pixels.ndim == 2 else self._whole(tower, pixels)
         self.images.extend(self._fresh)
-        if self.small_grid is None or (small := self.small_grid(grid)) == grid:
+        if self.small_grid is None:
+            return None
+        patch = patch_side(tower)
+        grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+        if pixels.ndim == 2 or self._fresh[0].grid[1:] != grid:
+            raise VPruneError(f"{type(tower).__name__} merges its patches into larger tokens: choose pool, not resize")
+        if (small := self.small_grid(grid)) == grid:
             return None
         for image in self._fresh:
             image.small_grid = small
@@ -97,11 +97,44 @@ class TowerWatch:
             return args, {**kwargs, "pixel_values": smaller}
         return (smaller, *args[1:]), kwargs
 
+    def _whole(self, tower: nn.Module, pixels: Tensor) -> list[TowerImage]:
+        """Pictures of one size [images, channels, height, width]; a tile of a larger picture is one as well."""
+        if pixels.ndim != 4:
+            raise VPruneError(
+                f"{type(tower).__name__} takes pixels of shape {tuple(pixels.shape)}, "
+                "not [images, channels, height, width]: this family of models is not supported yet"
+            )
+        patch = patch_side(tower)
+        h, w = pixels.shape[-2] // patch, pixels.shape[-1] // patch
+        self._side = side = merge_side(self.anatomy.config, h * w)
+        prints = fingerprints(pixels) if self.fingerprints else [0] * len(pixels)
+        return [TowerImage((1, h // side, w // side), fingerprint, call=self._next_call()) for fingerprint in prints]
+
+    def _packed(self, pixels: Tensor, kwargs: dict[str, Any]) -> list[TowerImage]:
+        """Pictures and videos of any size as one row per patch, [patches, values], their grids beside them."""
+        grids: Tensor | None = kwargs.get("grid_thw")
+        if grids is None or self.attention_layer is not None:
+            raise VPruneError(
+                f"{type(self.anatomy.tower).__name__} reads packed patches {tuple(pixels.shape)}, "
+                "whose attention cannot be watched yet: choose another method than vision"
+            )
+        sizes: list[tuple[int, int, int]] = [tuple(row) for row in grids.tolist()]
+        side = merge_side(self.anatomy.config, 0)
+        parts = pixels.split([math.prod(size) for size in sizes])
+        prints = [fingerprints(part[None])[0] if self.fingerprints else 0 for part in parts]
+        call = self._next_call()
+        return [
+            TowerImage((t, h // side, w // side), fingerprint, call=call)
+            for (t, h, w), fingerprint in zip(sizes, prints, strict=True)
+        ]
+
+    def _next_call(self) -> int:
+        return self.images[-1].call + 1 if self.images else 0
+
     def _after(self, tower: nn.Module, args: Any, output: Any) -> None:
         if not self._fresh or (small := self._fresh[0].small_grid) is None:
             return
-        grid = self._fresh[0].grid
-        source = cell_of_token((1, *grid), (1, *small))
+        source = cell_of_token(self._fresh[0].grid, (1, *small))
         for name in ("last_hidden_state", "hidden_states"):
             value = output.get(name)
             if isinstance(value, tuple):
@@ -115,13 +148,23 @@ class TowerWatch:
         for image in self._fresh:
             image.received = torch.empty(0)
         caught = capture(attention, *args, **kwargs)
-        patches = self._fresh[0].grid[0] * self._fresh[0].grid[1]
+        _, h, w = self._fresh[0].grid
+        side = self._side
+        patches = h * w * side * side
         # A class token stands before the patches; its own view of them is then the tower's opinion.
         has_class = caught.key.shape[2] > patches
         query = caught.query[:, :, :1] if has_class else caught.query
         received = kernels.column_mass(query, caught.key, scale=caught.scale)[:, -patches:].float().cpu()
-        for image, row in zip(self._fresh, received, strict=True):
+        tokens = received.view(-1, h, side, w, side).mean((2, 4)).flatten(1)
+        for image, row in zip(self._fresh, tokens, strict=True):
             image.received = row
+
+
+def patch_side(tower: nn.Module) -> int:
+    """The side of a patch in pixels."""
+    config: Any = tower.config
+    size = config.patch_size
+    return int(size[0] if isinstance(size, (list, tuple)) else size)
 
 
 def fingerprints(pixels: Tensor) -> list[int]:

@@ -1,0 +1,195 @@
+"""Tiny models of the true classes of other families, with random weights, and batches in the shapes their processors
+make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IMAGE, VIDEO, START, END = 90, 91, 92, 93
+TEXT: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+
+
+def qwen2_vl() -> Any:
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "mlp_ratio": 2}
+    return Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(text_config={**TEXT, "rope_parameters": ROPE}, vision_config=vision, **TOKENS)
+    )
+
+
+def qwen2_5_vl() -> Any:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "out_hidden_size": 32,
+        "num_heads": 4,
+        "patch_size": 4,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config={**TEXT, "rope_parameters": ROPE}, vision_config=vision, **TOKENS)
+    )
+
+
+def qwen3_vl() -> Any:
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "out_hidden_size": 32,
+        "num_heads": 4,
+        "patch_size": 4,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    text = {**TEXT, "head_dim": 8, "rope_parameters": {**ROPE, "mrope_interleaved": True}}
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **TOKENS))
+
+
+def internvl() -> Any:
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": [32, 32],
+        "patch_size": [4, 4],
+    }
+    text = {"model_type": "qwen2", **TEXT}
+    return InternVLForConditionalGeneration(
+        InternVLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, downsample_ratio=0.5)
+    )
+
+
+def idefics3() -> Any:
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+    return Idefics3ForConditionalGeneration(Idefics3Config(**_idefics("llama")))
+
+
+def smolvlm() -> Any:
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    return SmolVLMForConditionalGeneration(SmolVLMConfig(**_idefics("llama")))
+
+
+def _idefics(text: str) -> dict[str, Any]:
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 4,
+    }
+    return {
+        "text_config": {"model_type": text, **TEXT},
+        "vision_config": vision,
+        "image_token_id": IMAGE,
+        "scale_factor": 2,
+        "pad_token_id": 0,
+    }
+
+
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "internvl": internvl,
+    "idefics3": idefics3,
+    "smolvlm": smolvlm,
+}
+# Sizes of the pictures of each row: rows of a batch differ in number and size, and a row may have none.
+KINDS: dict[str, list[list[tuple[int, int]]]] = {
+    "single": [[(32, 32)]],
+    "padded": [[(32, 32)], [(48, 24)]],
+    "several": [[(32, 32), (24, 40)]],
+    "mixed": [[], [(24, 40)], [(32, 32), (16, 48)]],
+}
+
+
+def build(family: str, dtype: torch.dtype, attention: str = "sdpa") -> Any:
+    """A lively random model of a family."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.35)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    model.set_attn_implementation(attention)
+    return model.to(dtype).eval()
+
+
+def batch(family: str, kind: str, dtype: torch.dtype, video: bool = False) -> dict[str, Tensor]:
+    """A left-padded batch; families of fixed size see every picture as one 32 x 32 tile."""
+    draw = torch.Generator().manual_seed(3)
+    rows, pixels, grids = [], [], []
+    for number, sizes in enumerate(KINDS[kind]):
+        row = [1, 10 + number, 11]
+        for h, w in sizes:
+            tokens = 16
+            if family in QWEN:
+                grid = (2 if video else 1, h // 4, w // 4)
+                grids.append(grid)
+                patches = grid[0] * grid[1] * grid[2]
+                pixels.append(torch.randn(patches, 3 * 2 * 4 * 4, generator=draw))
+                tokens = patches // 4
+            else:
+                pixels.append(torch.randn(3, 32, 32, generator=draw))
+            visual = VIDEO if video else IMAGE
+            if video and family == "qwen3_vl":  # a run of its own for every frame
+                row += [12, START, *[visual] * (tokens // 2), END, 13, START, *[visual] * (tokens // 2), END, 14]
+            else:
+                row += [START, *[visual] * tokens, END, 15]
+        rows.append([*row, 20 + number, 21, 22][: None if number else -1])
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    if family in QWEN:
+        inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+        inputs["pixel_values_videos" if video else "pixel_values"] = torch.cat(pixels).to(dtype)
+        inputs["video_grid_thw" if video else "image_grid_thw"] = torch.tensor(grids)
+    elif family in ("idefics3", "smolvlm"):
+        most = max(len(sizes) for sizes in KINDS[kind])
+        stacked, place = torch.zeros(len(rows), most, 3, 32, 32), iter(pixels)
+        for number, sizes in enumerate(KINDS[kind]):
+            for image in range(len(sizes)):
+                stacked[number, image] = next(place)
+        inputs["pixel_values"] = stacked.to(dtype)
+    else:
+        inputs["pixel_values"] = torch.stack(pixels).to(dtype)
+    return inputs

@@ -1,0 +1,175 @@
+"""Law 1 and law 2 in other families: the same masked oracle, whose embeddings are those the model itself merges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vprune
+from tests.exactness.families import FAMILIES, IMAGE, KINDS, QWEN, VIDEO, batch, build
+
+SIZES: dict[str, Any] = {"recycle": "grid", "cells": 4, "size_aware": True}
+STEPS = 8
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}
+CASES = [(family, kind, False) for family in FAMILIES for kind in KINDS]
+CASES += [(family, kind, True) for family in QWEN for kind in KINDS]
+NAMES = [f"{family}-{kind}{'-video' * video}" for family, kind, video in CASES]
+
+
+@pytest.fixture(scope="module")
+def made() -> Any:
+    models: dict[Any, Any] = {}
+
+    def make(family: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa") -> Any:
+        key = (family, dtype, attention)
+        if key not in models:
+            models[key] = build(*key)
+        return models[key]
+
+    return make
+
+
+def deepstacked(shape: torch.Size, marks: Tensor, rows: Tensor) -> Tensor:
+    """Rows at the marked places of zeros [B, L, D]."""
+    return rows.new_zeros((*shape, rows.shape[-1])).masked_scatter(marks[..., None], rows)
+
+
+@contextmanager
+def masked(model: Any, ids: Tensor, mask: Tensor, reports: Any, size_aware: bool) -> Iterator[None]:
+    """The full model, whose decoder sees only what `reports` left of the prompt: dropped columns masked at every layer,
+    merged rows put in (features added between layers too), log sizes added."""
+    prompt = ids.shape[1]
+    seen, bias = mask.bool().clone(), torch.zeros_like(mask, dtype=torch.float64)
+    merges: list[tuple[int, int, Tensor]] = []
+    starts: dict[int, int] = {}
+    for report in reports:
+        places = ((ids[report.sample] == IMAGE) | (ids[report.sample] == VIDEO)).nonzero().squeeze(-1)
+        begin = starts.get(report.sample, 0)
+        columns = places[begin : begin + report.tokens_before]
+        starts[report.sample] = begin + report.tokens_before
+        seen[report.sample, columns] = False
+        for row, place in enumerate(report.kept.tolist()):
+            members = columns[report.source == row]
+            seen[report.sample, columns[place]] = True
+            if len(members) > 1:
+                merges.append((report.sample, int(columns[place]), members))
+            if size_aware:
+                bias[report.sample, columns[place]] = torch.tensor(float(len(members))).log()
+
+    def merged(hidden: Tensor) -> Tensor:
+        own = hidden.clone()
+        for sample, column, members in merges:
+            own[sample, column] = hidden[sample, members].mean(0)
+        return own
+
+    def before(decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        given = kwargs["inputs_embeds"]
+        total = given.shape[1]
+        columns = torch.nn.functional.pad(seen, (0, total - prompt), value=True)
+        log_sizes = torch.nn.functional.pad(bias, (0, total - prompt))
+        allowed = columns[:, None, None] & torch.ones(total, total, dtype=torch.bool).tril()
+        own = torch.where(allowed, log_sizes[:, None, None].to(given.dtype), torch.finfo(torch.float32).min)
+        more: dict[str, Any] = {"inputs_embeds": merged(given), "attention_mask": own}
+        if (marks := kwargs.get("visual_pos_masks")) is not None:
+            features = kwargs["deepstack_visual_embeds"]
+            more["deepstack_visual_embeds"] = [
+                merged(deepstacked(marks.shape, marks, rows))[marks] for rows in features
+            ]
+        return args, {**kwargs, **more}
+
+    handle = model.get_decoder().register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def generated(model: Any, inputs: dict[str, Tensor], **options: Any) -> Any:
+    return model.generate(
+        **inputs,
+        max_new_tokens=STEPS,
+        do_sample=False,
+        suppress_tokens=[IMAGE, VIDEO],
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+
+
+def stepped(model: Any, inputs: dict[str, Tensor], sequences: Tensor) -> list[Tensor]:
+    """The logits of one full forward over prompt and answer, at the places that predict the answer."""
+    grown = dict(inputs)
+    extra = sequences.shape[1] - inputs["input_ids"].shape[1]
+    grown["input_ids"] = sequences
+    grown["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, extra), value=1)
+    if "mm_token_type_ids" in inputs:
+        grown["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, extra))
+    positions = {} if "mm_token_type_ids" in inputs else {"position_ids": text_positions(grown["attention_mask"])}
+    with torch.no_grad():
+        logits = model(**grown, **positions, use_cache=False).logits
+    return list(logits[:, -extra - 1 : -1].unbind(1))
+
+
+def text_positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@pytest.mark.parametrize(("family", "kind", "video"), CASES, ids=NAMES)
+@pytest.mark.parametrize("options", [{}, SIZES], ids=["plain", "sizes"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+def test_pruned_is_the_masked_model(
+    made: Any, family: str, kind: str, video: bool, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    model, inputs = made(family, dtype), batch(family, kind, dtype, video)
+    with vprune.prune(model, "attention", keep=0.3, **options) as pruning:
+        pruned = generated(model, inputs)
+    reports = list(pruning.last or [])
+    assert len(reports) == sum(map(len, KINDS[kind]))
+    assert all(report.tokens_after == max(1, int(report.tokens_before * 0.3)) for report in reports)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with masked(model, ids, mask, reports, bool(options)):
+        oracle = stepped(model, inputs, pruned.sequences)
+    full = stepped(model, inputs, pruned.sequences)
+    for mine, theirs in zip(pruned.logits, oracle, strict=True):
+        torch.testing.assert_close(mine, theirs.to(mine.dtype), rtol=0, atol=TOLERANCE[dtype])
+    pruned_rows = sorted({report.sample for report in reports})
+    assert all(float((pruned.logits[0] - full[0])[row].abs().max()) > 1e-2 for row in pruned_rows)  # the control
+
+
+@pytest.mark.parametrize(("family", "kind", "video"), CASES, ids=NAMES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_keeping_all_is_the_unhooked_model(made: Any, family: str, kind: str, video: bool, attention: str) -> None:
+    model, inputs = made(family, torch.float32, attention), batch(family, kind, torch.float32, video)
+    plain = generated(model, inputs)
+    with vprune.prune(model, "attention", keep=1.0) as pruning:
+        kept = generated(model, inputs)
+    assert pruning.last is not None and len(pruning.last) == sum(map(len, KINDS[kind]))
+    assert torch.equal(plain.sequences, kept.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(plain.logits, kept.logits, strict=True))
+
+
+@pytest.mark.parametrize("family", QWEN)
+def test_grids_are_those_of_the_pictures(made: Any, family: str) -> None:
+    model, inputs = made(family), batch(family, "mixed", torch.float64)
+    with torch.no_grad(), vprune.prune(model, "uniform", keep=0.5) as pruning:
+        model(**inputs)
+    assert [report.grid for report in pruning.last or []] == [(1, 3, 5), (1, 4, 4), (1, 2, 6)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_leaving_restores(made: Any, family: str) -> None:
+    model, inputs = made(family), batch(family, "padded", torch.float64)
+    config = model.config.to_json_string()
+    hooks = [(len(one._forward_hooks), len(one._forward_pre_hooks)) for one in model.modules()]
+    plain = generated(model, inputs)
+    with vprune.prune(model, "attention", keep=0.2):
+        generated(model, inputs)
+    assert config == model.config.to_json_string()
+    assert hooks == [(len(one._forward_hooks), len(one._forward_pre_hooks)) for one in model.modules()]
+    again = generated(model, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(plain.logits, again.logits, strict=True))
