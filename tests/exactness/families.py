@@ -104,6 +104,35 @@ def smolvlm() -> Any:
     return SmolVLMForConditionalGeneration(SmolVLMConfig(**_idefics("llama")))
 
 
+def _lined() -> dict[str, Any]:
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 16,
+        "patch_size": 4,
+    }
+    pinpoints = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
+    return {"text_config": {"model_type": "qwen2", **TEXT}, "vision_config": vision, "image_grid_pinpoints": pinpoints}
+
+
+def llava_next() -> Any:
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    return LlavaNextForConditionalGeneration(LlavaNextConfig(**_lined(), image_token_id=IMAGE))
+
+
+def llava_onevision() -> Any:
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+    shape = {"vision_feature_select_strategy": "default", "vision_aspect_ratio": "anyres_max_9"}
+    return LlavaOnevisionForConditionalGeneration(
+        LlavaOnevisionConfig(**_lined(), **shape, image_token_id=IMAGE, video_token_id=VIDEO)
+    )
+
+
 def _idefics(text: str) -> dict[str, Any]:
     vision = {
         "hidden_size": 32,
@@ -130,7 +159,11 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "internvl": internvl,
     "idefics3": idefics3,
     "smolvlm": smolvlm,
+    "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
 }
+LINED = ("llava_next", "llava_onevision")
+VIDEOS = (*QWEN, "llava_onevision")
 # Sizes of the pictures of each row: rows of a batch differ in number and size, and a row may have none.
 KINDS: dict[str, list[list[tuple[int, int]]]] = {
     "single": [[(32, 32)]],
@@ -157,6 +190,8 @@ def build(family: str, dtype: torch.dtype, attention: str = "sdpa") -> Any:
 def batch(family: str, kind: str, dtype: torch.dtype, video: bool = False) -> dict[str, Tensor]:
     """A left-padded batch; families of fixed size see every picture as one 32 x 32 tile."""
     draw = torch.Generator().manual_seed(3)
+    if family in LINED:
+        return lined_batch(kind, dtype, video, build(family, dtype))
     rows, pixels, grids = [], [], []
     for number, sizes in enumerate(KINDS[kind]):
         row = [1, 10 + number, 11]
@@ -193,3 +228,39 @@ def batch(family: str, kind: str, dtype: torch.dtype, video: bool = False) -> di
     else:
         inputs["pixel_values"] = torch.stack(pixels).to(dtype)
     return inputs
+
+
+def lined_batch(kind: str, dtype: torch.dtype, video: bool, model: Any) -> dict[str, Tensor]:
+    """A batch for models with line breaks, whose own code says how many rows a picture of some size becomes."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    draw = torch.Generator().manual_seed(3)
+    pictures = [size for sizes in KINDS[kind] for size in sizes]
+    single = (
+        [len(sizes) == 1 for sizes in KINDS[kind] for _ in sizes]
+        if "onevision" in type(model).__name__.lower()
+        else [True] * len(pictures)
+    )
+    inputs: dict[str, Tensor] = {}
+    if video:
+        inputs["pixel_values_videos"] = torch.randn(len(pictures), 3, 3, 16, 16, generator=draw).to(dtype)
+        lengths = [3 * 2 * 2 + 1] * len(pictures)
+    else:
+        points = model.config.image_grid_pinpoints
+        tiles = [image_size_to_num_patches(size, points, 16) for size in pictures]
+        inputs["pixel_values"] = torch.randn(len(pictures), max(tiles), 3, 16, 16, generator=draw).to(dtype)
+        inputs["image_sizes"] = torch.tensor(pictures)
+        if not all(single):
+            inputs["batch_num_images"] = torch.tensor([len(sizes) for sizes in KINDS[kind] if sizes])
+        with torch.no_grad():
+            features = model.model.get_image_features(**inputs).pooler_output
+        lengths = [len(rows) for rows in features]
+    rows, length = [], iter(lengths)
+    for number, sizes in enumerate(KINDS[kind]):
+        row = [1, 10 + number, 11]
+        for _ in sizes:
+            row += [*[VIDEO if video else IMAGE] * next(length), 15]
+        rows.append([*row, 20 + number, 21, 22][: None if number else -1])
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), **inputs}

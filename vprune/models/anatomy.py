@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vprune.errors import VPruneError
-from vprune.records import TowerImage, VisualTokens
+from vprune.records import Grid, TowerImage, VisualTokens
 
 _TOWER_NAMES = ("vision_tower", "visual", "vision_model")
 _ATTENTION_NAMES = ("self_attn", "attn", "attention")
@@ -125,25 +125,35 @@ def merge_side(model_config: Any, patches: int) -> int:
     """The side s of the squares of s x s patches that become one visual token, in a tower of `patches` per image."""
     vision = getattr(model_config, "vision_config", None)
     if isinstance(side := getattr(vision, "spatial_merge_size", None), int):  # Qwen-VL
-        return side
+        return int(side)
     if isinstance(ratio := getattr(model_config, "downsample_ratio", None), float):  # InternVL
         return round(1 / ratio)
     if isinstance(side := getattr(model_config, "scale_factor", None), int):  # Idefics3, SmolVLM
-        return side
+        return int(side)
     if isinstance(tokens := getattr(model_config, "mm_tokens_per_image", None), int):  # Gemma 3
-        return round((patches / tokens) ** 0.5)
+        return round(math.sqrt(patches / tokens))
     return 1
 
 
-def visual_layout(anatomy: Anatomy, kinds: Sequence[Tensor], tower: Sequence[TowerImage]) -> list[VisualTokens]:
+def newline_places(anatomy: Anatomy, hidden: Tensor) -> Tensor | None:
+    """Where the decoder's inputs [B, L, D] hold a learned line break, bool [B, L]; None if the model has none."""
+    newline = getattr(anatomy.base, "image_newline", None)
+    return (hidden == newline.to(hidden)).all(-1) if isinstance(newline, Tensor) else None
+
+
+def visual_layout(
+    anatomy: Anatomy, kinds: Sequence[Tensor], tower: Sequence[TowerImage], newlines: Tensor | None = None
+) -> list[VisualTokens]:
     """Group the visual tokens of a batch into images, flat over rows and their images, in order.
 
     `kinds` holds the places of pictures and of videos, bool [B, L] each on the CPU; `tower` what the vision tower saw,
-    pictures in a run before the videos.
+    pictures in a run before the videos; `newlines` bool [B, L] the line breaks among them, which belong to no image.
 
     Raises:
         VPruneError: the visual tokens of a row are not a whole number of images, as in chunked prefill.
     """
+    if newlines is not None:
+        return _lined(anatomy, kinds, tower, newlines)
     present = [places for places in kinds if bool(places.any())]
     calls = sorted({image.call for image in tower})
     if len(present) <= 1 or len(calls) < len(present):
@@ -159,6 +169,65 @@ def visual_layout(anatomy: Anatomy, kinds: Sequence[Tensor], tower: Sequence[Tow
         numbered.append(replace(image, image=counts[image.sample]))
         counts[image.sample] += 1
     return numbered
+
+
+def _lined(
+    anatomy: Anatomy, kinds: Sequence[Tensor], tower: Sequence[TowerImage], newlines: Tensor
+) -> list[VisualTokens]:
+    """Images of models that end lines with a learned row: an overview, then lines of a finer grid; frames of a video.
+
+    Overview and finer grid count as an image each: both are rectangles.
+    """
+    whole = tower[-1] if tower else _own_size(anatomy)
+    if whole is None:
+        raise VPruneError(f"{type(anatomy.base).__name__}: its config does not say how large a tile is")
+    layout: list[VisualTokens] = []
+    for row in range(newlines.shape[0]):
+        blocks: list[tuple[Tensor, Grid]] = []
+        for number, places in enumerate(kinds):
+            columns = places[row].nonzero().squeeze(-1)
+            ends: list[int] = newlines[row, columns].nonzero().squeeze(-1).tolist()
+            if (ends[-1] + 1 if ends else 0) != columns.numel():
+                raise _no_whole_images([columns.numel()], whole)
+            start = 0
+            while ends:
+                if number == 1:
+                    found, start, ends = _frames(columns, start, ends, whole)
+                else:
+                    found, start, ends = _overview_and_lines(columns, start, ends, whole)
+                blocks += found
+        blocks.sort(key=lambda block: int(block[0][0]))
+        layout += [VisualTokens(row, number, columns, grid) for number, (columns, grid) in enumerate(blocks)]
+    return layout
+
+
+_Blocks = tuple[list[tuple[Tensor, Grid]], int, list[int]]  # rectangles found, where to go on, line breaks left
+
+
+def _frames(columns: Tensor, start: int, ends: list[int], whole: TowerImage) -> _Blocks:
+    """One video: frames halved in both directions, one line break at its end."""
+    h, w = (-(-side // 2) for side in whole.grid[1:])
+    size = ends[0] - start
+    if not size or size % (h * w):
+        raise _no_whole_images([size], TowerImage((1, h, w)))
+    return [(columns[start : ends[0]], (size // (h * w), h, w))], ends[0] + 1, ends[1:]
+
+
+def _overview_and_lines(columns: Tensor, start: int, ends: list[int], whole: TowerImage) -> _Blocks:
+    """One picture: the overview, and, unless it was small, lines of equal width with a break at the end of each."""
+    size = tokens_of(whole)
+    width = ends[0] - start - size
+    if width < 0:
+        raise _no_whole_images([ends[0] - start], whole)
+    overview = (columns[start : start + size], whole.grid)
+    if width == 0:
+        return [overview], ends[0] + 1, ends[1:]
+    lines = 1
+    while lines < len(ends) and ends[lines] == ends[0] + lines * (width + 1):
+        lines += 1
+    after = start + size + lines * (width + 1)
+    finer = columns[start + size : after].view(lines, width + 1)[:, :width].flatten()
+    return [overview, (finer, (1, lines, width))], after, ends[lines:]
 
 
 def _grouped(anatomy: Anatomy, visual: Tensor, tower: Sequence[TowerImage], first_origin: int) -> list[VisualTokens]:
@@ -205,13 +274,20 @@ def tokens_of(image: TowerImage) -> int:
     return math.prod(image.grid)
 
 
+def _own_size(anatomy: Anatomy) -> TowerImage | None:
+    """An image of the config's own size, None if the config does not tell."""
+    config = getattr(anatomy.tower, "config", None)
+    pixels, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if not isinstance(pixels, int) or not isinstance(patch, int):
+        return None
+    return TowerImage((1, pixels // patch, pixels // patch))
+
+
 def _untracked(anatomy: Anatomy, counts: Sequence[int]) -> list[TowerImage]:
     """Images of the config's own size, for features that were computed before the hooks were in place."""
-    config = getattr(anatomy.tower, "config", None)
-    pixels, patch = getattr(config, "image_size", 0) or 0, getattr(config, "patch_size", 1) or 1
-    side = pixels // patch if isinstance(pixels, int) and isinstance(patch, int) else 0
-    if side and all(count % (side * side) == 0 for count in counts):
-        return [TowerImage((1, side, side)) for count in counts for _ in range(count // (side * side))]
+    own = _own_size(anatomy)
+    if own is not None and all(count % tokens_of(own) == 0 for count in counts):
+        return [own] * (sum(counts) // tokens_of(own))
     return [TowerImage((1, 1, count)) for count in counts if count]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vprune.errors import VPruneError
-from vprune.models.anatomy import Anatomy, visual_layout
+from vprune.models.anatomy import Anatomy, newline_places, visual_layout
 from vprune.models.cache import NOTHING_KNOWN, StoredRows, first_logical, stored_length
 from vprune.models.masks import new_rows_valid
 from vprune.records import Prefill, TowerImage
@@ -56,13 +56,14 @@ def read_prefill(
         seen = int(cache.get_seq_length()) if cache is not None else 0
         positions = torch.arange(seen, seen + length, device=inputs.device)[None]
     stored = stored_length(cache)
+    newlines = newline_places(anatomy, inputs)
     return Prefill(
         anatomy=anatomy,
         hidden=inputs,
         positions=positions,
         valid=valid,
         visual=kinds.any(0),
-        images=visual_layout(anatomy, list(kinds.cpu()), tower),
+        images=visual_layout(anatomy, list(kinds.cpu()), tower, None if newlines is None else newlines.cpu()),
         tower=list(tower),
         evidence=evidence,
         cache=cache,

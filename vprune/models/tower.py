@@ -53,6 +53,10 @@ class TowerWatch:
             return []
         handles = [tower.register_forward_pre_hook(self._before, with_kwargs=True)]
         if self.small_grid is not None:
+            if isinstance(getattr(self.anatomy.base, "image_newline", None), Tensor):
+                raise VPruneError(
+                    f"{type(self.anatomy.base).__name__} cuts pictures into tiles: choose pool, not resize"
+                )
             if "interpolate_pos_encoding" not in signature(tower.forward).parameters:
                 raise VPruneError(
                     f"{type(tower).__name__} cannot interpolate its position encodings: choose pool instead of resize"
@@ -120,7 +124,7 @@ class TowerWatch:
             )
         sizes: list[tuple[int, int, int]] = [tuple(row) for row in grids.tolist()]
         side = merge_side(self.anatomy.config, 0)
-        parts = pixels.split([math.prod(size) for size in sizes])
+        parts = torch.split(pixels, [math.prod(size) for size in sizes])
         prints = [fingerprints(part[None])[0] if self.fingerprints else 0 for part in parts]
         call = self._next_call()
         return [
