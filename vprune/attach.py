@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy, carries_images, dissect, visual_kinds
 from vprune.models.cache import StoredRows, first_logical, record_dropped, widened
-from vprune.models.masks import prefill_mask, refuse_bias, stored_mask
+from vprune.models.masks import gathered_masks, prefill_mask, refuse_bias, stored_mask
 from vprune.models.prefill import read_prefill, restored, shortened_deepstack, with_cache
 from vprune.models.tower import TowerWatch
 from vprune.pruner import Pruner, Resize, load_method
@@ -81,6 +81,7 @@ class Pruning:
         self._attached = False
         self._handles: list[RemovableHandle] = []
         self._visual: Tensor | None = None  # places of this forward's visual tokens, bool [kinds, B, L]
+        self._mask: Tensor | None = None  # the caller's 2-D mask, where the model hands finished ones to its decoder
         self._passage: _Passage | None = None  # the shortened prefill that the decoder is running
 
     def __enter__(self) -> Pruning:
@@ -145,10 +146,12 @@ class Pruning:
         return "sliding_attention" in (getattr(self._anatomy.decoder.config, "layer_types", None) or ())
 
     def _forget(self) -> None:
-        self._visual = self._passage = None
+        self._visual = self._mask = self._passage = None
 
     def _before_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forget()
+        mask = kwargs.get("attention_mask")
+        self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         if not carries_images(kwargs):
             return
         if kwargs.get("mm_encoder_outputs") is None:
@@ -169,6 +172,12 @@ class Pruning:
         if self._visual is not None and bool(self._visual.any()):
             kwargs = self._shorten(with_cache(self._anatomy, kwargs), self._visual)
         cache = kwargs.get("past_key_values")
+        if (
+            isinstance(kwargs.get("attention_mask"), dict)
+            and self._passage is None
+            and first_logical(cache) is not None
+        ):
+            kwargs = {**kwargs, "attention_mask": self._mask}
         if self._passage is None and first_logical(cache) is not None:
             # Earlier turns were pruned: the caller's mask is over tokens seen, not over rows stored.
             inputs, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
@@ -178,7 +187,9 @@ class Pruning:
 
     def _shorten(self, kwargs: dict[str, Any], visual: Tensor) -> dict[str, Any]:
         """Plan this prefill and, unless everything stays, exchange the decoder's inputs for shorter ones."""
-        prefill = read_prefill(self._anatomy, kwargs, visual, self._tower.images, self.evidence)
+        finished = kwargs.get("attention_mask") if isinstance(kwargs.get("attention_mask"), dict) else None
+        read = kwargs if finished is None else {**kwargs, "attention_mask": self._mask}
+        prefill = read_prefill(self._anatomy, read, visual, self._tower.images, self.evidence)
         self.evidence = None
         short, self.last = plan_prefill(self.pruner, prefill)
         if short is None:
@@ -189,7 +200,8 @@ class Pruning:
         rows = prefill.past.continued(prefill.stored, valid, short.bias, short.index.shape, floor)
         self._passage = _Passage(short, prefill.cache, rows)
         # Always a mask: without one, gaps between positions would read as several packed sequences.
-        masked = prefill_mask(
+        masked: Any = finished and gathered_masks(finished, short.index, embeds)
+        masked = masked or prefill_mask(
             widened(rows.valid, embeds.shape[0], prefill.stored + embeds.shape[1], True, embeds.device),
             rows.bias,
             layer.dropped if layer is not None else 0,

@@ -133,6 +133,18 @@ def llava_onevision() -> Any:
     )
 
 
+def gemma3() -> Any:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    vision = {**_lined()["vision_config"], "model_type": "siglip_vision_model", "image_size": 32}
+    vision["vision_use_head"] = False
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    text = {**TEXT, "head_dim": 8, "sliding_window": 256, "layer_types": kinds, "query_pre_attn_scalar": 8}
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=16, image_token_id=IMAGE)
+    )
+
+
 def _idefics(text: str) -> dict[str, Any]:
     vision = {
         "hidden_size": 32,
@@ -161,6 +173,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "smolvlm": smolvlm,
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
+    "gemma3": gemma3,
 }
 LINED = ("llava_next", "llava_onevision")
 VIDEOS = (*QWEN, "llava_onevision")
@@ -227,6 +240,8 @@ def batch(family: str, kind: str, dtype: torch.dtype, video: bool = False) -> di
         inputs["pixel_values"] = stacked.to(dtype)
     else:
         inputs["pixel_values"] = torch.stack(pixels).to(dtype)
+    if family == "gemma3":
+        inputs["token_type_ids"] = (ids == IMAGE).long()
     return inputs
 
 

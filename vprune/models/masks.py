@@ -112,3 +112,36 @@ def refuse_bias(backend: str, sliding: bool) -> None:
         raise VPruneError(
             "size_aware=true on a decoder with sliding-window layers is not supported; use size_aware=false"
         )
+
+
+def gathered_masks(masks: dict[str, Any], index: Tensor, inputs: Tensor) -> dict[str, Any]:
+    """The finished masks per layer type [B, 1, L, L] that a model hands to its decoder, for a shorter prefill.
+
+    `index` LongTensor [B, K] names the columns that stay (-1 = padding); who sees whom among them is as the model has
+    laid it down.
+
+    Raises:
+        VPruneError: the masks are no tensors, or a cache holds earlier turns already.
+    """
+    own = torch.eye(index.shape[1], dtype=torch.bool, device=index.device)[None, None]
+    padding = (index < 0)[:, None]
+    place = index.clamp(min=0)[:, None]
+    shorter: dict[str, Any] = {}
+    for kind, mask in masks.items():
+        if not isinstance(mask, Tensor) or mask.ndim != 4:
+            raise VPruneError(
+                f"attention mask {kind!r} is {type(mask).__name__}: this model's own masks can be shortened "
+                "with attention implementations sdpa and eager only (model.set_attn_implementation('sdpa'))"
+            )
+        if mask.shape[-1] != mask.shape[-2]:
+            raise VPruneError(
+                f"the cache holds {mask.shape[-1] - mask.shape[-2]} rows already: this family can be pruned in its "
+                "first turn only; pass the whole conversation with a new cache"
+            )
+        mask = mask.expand(index.shape[0], *mask.shape[1:])
+        rows = mask.gather(2, place[..., None].expand(-1, mask.shape[1], -1, mask.shape[-1]))
+        both = rows.gather(3, place[:, :, None].expand(-1, rows.shape[1], rows.shape[2], -1))
+        hidden, seen = (False, True) if mask.dtype == torch.bool else (torch.finfo(inputs.dtype).min, 0.0)
+        # A padding row sees itself, and nobody else sees it.
+        shorter[kind] = both.masked_fill(padding[:, :, None], hidden).masked_fill(own & padding[..., None], seen)
+    return shorter

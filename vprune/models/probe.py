@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, NoReturn
 
 import torch
@@ -94,7 +95,7 @@ def layer_attention(prefill: Prefill, layer: int) -> Captured:
     chosen: Any = layers[layer]
     with torch.no_grad():
         hidden, past = prefill.hidden, PastView(prefill.cache) if prefill.cache is not None else None
-        rope = decoder.rotary_emb(hidden, rotary_positions(prefill.positions))
+        rope = rotations(decoder, layer % len(layers), hidden, rotary_positions(prefill.positions))
         below = layers[: layer % len(layers)]
         if len(below):
             mask = attention_mask_4d(
@@ -117,6 +118,22 @@ def layer_attention(prefill: Prefill, layer: int) -> Captured:
             attention_mask=None,
             past_key_values=past,
         )
+
+
+def rotations(decoder: Any, layer: int, hidden: Tensor, positions: Tensor) -> Any:
+    """The rotary embeddings of a layer: some decoders have several kinds of layers that rotate differently."""
+    if "layer_type" not in signature(decoder.rotary_emb.forward).parameters:
+        return decoder.rotary_emb(hidden, positions)
+    if layer:
+        raise VPruneError(f"layer={layer}: the layers of this decoder are of several kinds; only layer=0 is possible")
+    return decoder.rotary_emb(hidden, positions, decoder.config.layer_types[0])
+
+
+def sliding_window(prefill: Prefill, layer: int) -> int | None:
+    """How many columns a layer looks back, None if all."""
+    config: Any = prefill.anatomy.decoder.config
+    kinds = getattr(config, "layer_types", None)
+    return config.sliding_window if kinds and kinds[layer] == "sliding_attention" else None
 
 
 def rotary_positions(positions: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vprune import kernels
 from vprune.errors import VPruneError
-from vprune.models.probe import layer_attention, past_bias, stored_and_new_valid
+from vprune.models.probe import layer_attention, past_bias, sliding_window, stored_and_new_valid
 from vprune.records import Prefill
 
 _POOLS = ("mean", "max")
@@ -58,6 +58,7 @@ class TextAttention:
             row_valid=row_valid,
             key_valid=stored_and_new_valid(prefill),
             key_bias=past_bias(prefill),
+            window=sliding_window(prefill, self.layer),
             pool=self.pool,
         )
         on_host = mass[:, stored:].float().cpu()
