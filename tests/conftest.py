@@ -14,7 +14,18 @@ import pytest
 import torch
 from PIL import Image
 
+from tests import compatibility
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--compatibility", metavar="FILE", help="write the matrix of families and scenarios into FILE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    compatibility.configure(config)
+
 
 GRID = 6
 PATCH = 8

@@ -51,7 +51,16 @@ class TowerWatch:
             if self.attention_layer is not None or self.small_grid is not None:
                 raise VPruneError(f"{type(self.anatomy.base).__name__} has no vision tower that this method can use")
             return []
+        watched = self._able(tower)  # refuse before the first hook is on
         handles = [tower.register_forward_pre_hook(self._before, with_kwargs=True)]
+        if self.small_grid is not None:
+            handles.append(tower.register_forward_hook(self._after))
+        if watched is not None:
+            handles.append(watched.register_forward_pre_hook(self._before_attention, with_kwargs=True))
+        return handles
+
+    def _able(self, tower: nn.Module) -> nn.Module | None:
+        """The attention module to be watched, None if none is; refuses a tower that cannot do what is asked for."""
         if self.small_grid is not None:
             if isinstance(getattr(self.anatomy.base, "image_newline", None), Tensor):
                 raise VPruneError(
@@ -61,16 +70,12 @@ class TowerWatch:
                 raise VPruneError(
                     f"{type(tower).__name__} cannot interpolate its position encodings: choose pool instead of resize"
                 )
-            handles.append(tower.register_forward_hook(self._after))
-        if self.attention_layer is not None:
-            attentions = self.anatomy.tower_attentions()
-            if not -len(attentions) <= self.attention_layer < len(attentions):
-                raise VPruneError(
-                    f"tower_layer={self.attention_layer}: the tower has layers 0 to {len(attentions) - 1}"
-                )
-            watched = attentions[self.attention_layer]
-            handles.append(watched.register_forward_pre_hook(self._before_attention, with_kwargs=True))
-        return handles
+        if self.attention_layer is None:
+            return None
+        attentions = self.anatomy.tower_attentions()
+        if not -len(attentions) <= self.attention_layer < len(attentions):
+            raise VPruneError(f"tower_layer={self.attention_layer}: the tower has layers 0 to {len(attentions) - 1}")
+        return attentions[self.attention_layer]
 
     def forget(self) -> None:
         """Forget all images seen."""
