@@ -275,3 +275,41 @@ def test_leaving_restores(made: Any, family: str) -> None:
     assert hooks == [(len(one._forward_hooks), len(one._forward_pre_hooks)) for one in model.modules()]
     again = generated(model, inputs)
     assert all(torch.equal(a, b) for a, b in zip(plain.logits, again.logits, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["single", "padded"])
+@pytest.mark.parametrize("options", [{}, SIZES], ids=["plain", "sizes"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_second_turn_of_text_on_the_same_cache(made: Any, family: str, options: dict[str, Any], kind: str) -> None:
+    from transformers import DynamicCache
+
+    if family == "gemma3" and options:
+        options = {"recycle": "grid", "cells": 4}
+    model, inputs = made(family), batch(family, kind, torch.float64)
+    rows, prompt = inputs["input_ids"].shape
+    cache = DynamicCache(config=model.config.get_text_config())
+    more: dict[str, Any] = {"do_sample": False, "suppress_tokens": [IMAGE, VIDEO], "past_key_values": cache}
+    with vprune.prune(model, "attention", keep=0.3, **options) as pruning:
+        said = model.generate(**inputs, max_new_tokens=3, **more)
+        reports = list(pruning.last or [])
+        asked = torch.cat([said, torch.tensor([[30, 31, 32]]).expand(rows, -1)], 1)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, asked.shape[1] - prompt), value=1)
+        pruned = model.generate(
+            input_ids=asked,
+            attention_mask=mask,
+            max_new_tokens=4,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **more,
+        )
+    with masked(
+        model,
+        inputs["input_ids"],
+        inputs["attention_mask"],
+        reports,
+        "size_aware" in options,
+        line_breaks(model, inputs),
+    ):
+        oracle = stepped(model, inputs, pruned.sequences)[-4:]
+    for mine, theirs in zip(pruned.logits, oracle, strict=True):
+        torch.testing.assert_close(mine, theirs.to(mine.dtype), rtol=0, atol=TOLERANCE[torch.float64])
