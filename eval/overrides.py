@@ -96,6 +96,8 @@ def _composed(overrides: Sequence[Override]) -> Composed:
         composed = compose("eval", overrides=lines, return_hydra_config=True)
         method = composed.hydra.runtime.choices.method
         config = OmegaConf.create({key: composed[key] for key in composed if key != "hydra"})
+        if missing := sorted(OmegaConf.missing_keys(config)):
+            raise VPruneError(f"nothing was given for {', '.join(missing)}: add {missing[0]}=... to the command")
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except HydraException as error:
         raise _complaint(error, lines) from error

@@ -113,3 +113,8 @@ def test_a_sweep_cannot_write_two_runs_into_one_folder(tmp_path: Path) -> None:
         (tmp_path / name / "same").mkdir(parents=True)
     with pytest.raises(VPruneError, match="would share the folder"):
         read_jobs([f"benchmark={tmp_path}/a/same,{tmp_path}/b/same"], sweep=True)
+
+
+def test_a_missing_value_is_named_as_it_is_typed() -> None:
+    with pytest.raises(VPruneError, match=r"add benchmark\.path=\.\.\. to the command"):
+        read_jobs(["benchmark=folder"])
