@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 from weakref import WeakSet
@@ -13,13 +13,13 @@ from torch.utils.hooks import RemovableHandle
 
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy, carries_images, dissect, visual_kinds
-from vprune.models.cache import StoredRows, first_logical, record_dropped, widened
+from vprune.models.cache import logical, of_one_kind, widened
 from vprune.models.masks import gathered_masks, prefill_mask, refuse_bias, stored_mask
 from vprune.models.prefill import read_prefill, restored, shortened_deepstack, with_cache
 from vprune.models.tower import TowerWatch
+from vprune.passage import Passage, cache_layer_masks
 from vprune.pruner import Pruner, Resize, load_method
 from vprune.records import PruneReport
-from vprune.shortening import Shortening, plan_prefill
 
 _PRUNED: WeakSet[nn.Module] = WeakSet()  # models with hooks on, so that nesting can be refused
 
@@ -32,7 +32,8 @@ def prune(model: Any, method: str | Pruner = "attention", keep: float | int | No
         method: a name in conf/method/ (`vprune.method_names()`), or a `Pruner`.
         keep: what stays of every image: a fraction in (0, 1], or a number of tokens (int >= 1); None = the method's
             default, 0.1.
-        options: the method's own: layer, recycle ("none", "grid"), cells, size_aware, seed ... None = its default.
+        options: the method's own: layer, stages, recycle ("none", "grid"), cells, size_aware, budget, minimum, seed ...
+            (see `vprune.pruner.Pruner`). None = its default.
 
     Returns:
         A context manager; also `.attach()` and `.detach()`. `.last` is the `PruneReport` of the last prefill.
@@ -82,7 +83,9 @@ class Pruning:
         self._handles: list[RemovableHandle] = []
         self._visual: Tensor | None = None  # places of this forward's visual tokens, bool [kinds, B, L]
         self._mask: Tensor | None = None  # the caller's 2-D mask, where the model hands finished ones to its decoder
-        self._passage: _Passage | None = None  # the shortened prefill that the decoder is running
+        self._passage: Passage | None = None  # the prefill that the decoder is running
+        self._layers_watched = False
+        self._layer_masks: dict[Any, Any] = {}  # of this forward, for layers that store other rows than the first
 
     def __enter__(self) -> Pruning:
         self.attach()
@@ -104,6 +107,9 @@ class Pruning:
             raise VPruneError(
                 "this model is being pruned already: leave the other `with vprune.prune(...)` block first (or detach())"
             )
+        for layer, _ in self.pruner.schedule:
+            if layer >= len(self._anatomy.layers):
+                raise VPruneError(f"stages: layer {layer}: the decoder has layers 0 to {len(self._anatomy.layers) - 1}")
         if self.pruner.hooked:
             if self.pruner.size_aware:
                 refuse_bias(self._anatomy.backend, self._sliding)
@@ -116,10 +122,7 @@ class Pruning:
                     decoder.register_forward_hook(self._after_decoder),
                 ]
                 if "flash" in self._anatomy.backend:
-                    layers = self._anatomy.layers
-                    self._handles += [
-                        layer.register_forward_pre_hook(self._before_layer, with_kwargs=True) for layer in layers
-                    ]
+                    self._watch_layers()
             except VPruneError:
                 self._remove_hooks()
                 raise
@@ -137,7 +140,7 @@ class Pruning:
     def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._layers_watched = [], False
         self._forget()
         self._tower.forget()
 
@@ -147,6 +150,16 @@ class Pruning:
 
     def _forget(self) -> None:
         self._visual = self._mask = self._passage = None
+        self._layer_masks = {}
+
+    def _watch_layers(self) -> None:
+        """Hook the decoder's layers too: only where a prompt, a cache or an attention backend calls for it."""
+        if not self._layers_watched:
+            self._handles += [
+                layer.register_forward_pre_hook(partial(self._before_layer, number), with_kwargs=True)
+                for number, layer in enumerate(self._anatomy.layers)
+            ]
+            self._layers_watched = True
 
     def _before_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forget()
@@ -170,37 +183,40 @@ class Pruning:
         if kwargs.get("inputs_embeds") is None:
             return None
         if self._visual is not None and bool(self._visual.any()):
-            kwargs = self._shorten(with_cache(self._anatomy, kwargs), self._visual)
+            kwargs = self._begin(with_cache(self._anatomy, kwargs), self._visual)
         cache = kwargs.get("past_key_values")
-        if (
-            isinstance(kwargs.get("attention_mask"), dict)
-            and self._passage is None
-            and first_logical(cache) is not None
-        ):
-            kwargs = {**kwargs, "attention_mask": self._mask}
-        if self._passage is None and first_logical(cache) is not None:
+        if logical(cache) is None:
+            return args, kwargs
+        if not of_one_kind(cache):
+            self._watch_layers()
+        if self._passage is None or not self._passage.shortened:
             # Earlier turns were pruned: the caller's mask is over tokens seen, not over rows stored.
             inputs, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-            masked = stored_mask(cache, mask, inputs, self._anatomy.backend, self._sliding)
-            kwargs = {**kwargs, "attention_mask": masked}
+            own = self._mask if isinstance(mask, dict) else mask
+            kwargs = {
+                **kwargs,
+                "attention_mask": stored_mask(cache, own, inputs, self._anatomy.backend, self._sliding),
+            }
         return args, kwargs
 
-    def _shorten(self, kwargs: dict[str, Any], visual: Tensor) -> dict[str, Any]:
-        """Plan this prefill and, unless everything stays, exchange the decoder's inputs for shorter ones."""
+    def _begin(self, kwargs: dict[str, Any], visual: Tensor) -> dict[str, Any]:
+        """Start the passage of this prefill; if it is shortened before layer 0, exchange the decoder's inputs."""
         finished = kwargs.get("attention_mask") if isinstance(kwargs.get("attention_mask"), dict) else None
         read = kwargs if finished is None else {**kwargs, "attention_mask": self._mask}
         prefill = read_prefill(self._anatomy, read, visual, self._tower.images, self.evidence)
         self.evidence = None
-        short, self.last = plan_prefill(self.pruner, prefill)
+        self._passage = passage = Passage(self.pruner, prefill, self._anatomy.backend)
+        embeds, short = passage.enter(0, prefill.hidden)
+        self.last = passage.report()
+        if not passage.ends_at_once:
+            self._watch_layers()
         if short is None:
             return kwargs
-        embeds, layer = short.shorten(prefill.hidden), first_logical(prefill.cache)
-        floor = prefill.stored + short.index.shape[1] - short.tail
-        valid = short.valid if short.padded else None
-        rows = prefill.past.continued(prefill.stored, valid, short.bias, short.index.shape, floor)
-        self._passage = _Passage(short, prefill.cache, rows)
         # Always a mask: without one, gaps between positions would read as several packed sequences.
         masked: Any = finished and gathered_masks(finished, short.index, embeds)
+        layer = logical(prefill.cache)
+        valid = short.valid if short.padded else None
+        rows = prefill.past.continued(prefill.stored, valid, short.bias, short.index.shape, 0)
         masked = masked or prefill_mask(
             widened(rows.valid, embeds.shape[0], prefill.stored + embeds.shape[1], True, embeds.device),
             rows.bias,
@@ -209,30 +225,35 @@ class Pruning:
             self._anatomy.backend,
             self._sliding,
         )
-        positions = short.shorten_positions(prefill.positions)
         features = shortened_deepstack(kwargs, short.shorten)
+        positions = passage.prefill.positions
         return {**kwargs, **features, "inputs_embeds": embeds, "position_ids": positions, "attention_mask": masked}
 
     def _after_decoder(self, decoder: nn.Module, args: Any, output: Any) -> Any:
-        if self._passage is None:
+        if self._passage is None or not self._passage.shortened:
             return None
-        short, width = self._passage.shortening, self._passage.shortening.index.shape[1]
-        if self._passage.cache is not None:
-            record_dropped(self._passage.cache, short.length - width, self._passage.rows)
-        return restored(output, short.restore, width)
+        self._passage.finish()
+        return restored(output, self._passage.lengthen)
 
     def _before_layer(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # Flash attention reads gaps between position ids as borders of packed sequences; rotations are computed
-        # already.
-        return args, {**kwargs, "position_ids": None} if "position_ids" in kwargs else kwargs
-
-
-@dataclass(frozen=True)
-class _Passage:
-    """A shortened prefill on its way through the decoder: how it was shortened, and what the cache stores after it."""
-
-    shortening: Shortening
-    cache: Any
-    rows: StoredRows
+        self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        passage, hidden, before = self._passage, args[0], kwargs
+        if passage is not None:
+            if number:
+                hidden, short = passage.enter(number, hidden)
+                if short is not None:
+                    self.last = passage.report()
+            kwargs = passage.layer_arguments(number, hidden, kwargs)
+        elif (known := logical(kwargs.get("past_key_values"), number)) is not None:
+            cache: Any = kwargs["past_key_values"]
+            if known.history != cache.layers[0].history:
+                if known.history not in self._layer_masks:
+                    backend = self._anatomy.backend
+                    self._layer_masks[known.history] = cache_layer_masks(cache, number, hidden, backend)
+                kwargs = {**kwargs, "attention_mask": self._layer_masks[known.history]}
+        if "flash" in self._anatomy.backend and kwargs.get("position_ids") is not None:
+            # Flash attention reads gaps between position ids as borders of packed sequences; rotations are computed
+            # already.
+            kwargs = {**kwargs, "position_ids": None}
+        return None if kwargs is before else ((hidden, *args[1:]), kwargs)

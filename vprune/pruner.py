@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from importlib import resources
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from vprune.budgets import BUDGETS, Budget, Stage, checked_keep, checked_stages, count_of
 from vprune.errors import VPruneError
-from vprune.records import Grid, Prefill, Selection, TowerImage, VisualTokens
+from vprune.records import Prefill, Selection, TowerImage, VisualTokens
 from vprune.recycling import RECYCLERS, pool_cells, recycle, representatives
 from vprune.scoring import Scorer
-from vprune.selection import Selector, TopK, cell_of_token, cells_within
+from vprune.selection import Selector, TopK, cell_of_token, cells_within, frame_by_frame
 
 _COMMON = (
     "layer",
@@ -38,6 +39,11 @@ class Pruner:
             the budget.
         cells: at most so many cells for recycle="grid"; 9, 4 or 1 where they would take more than half of the budget.
         size_aware: add log(number of merged tokens) to the attention logits of merged rows, at every layer and step.
+        stages: the decoder layers before which tokens are pruned, each alone (to `keep`) or as [layer, keep], where
+            keep is of the image's own tokens; None = before the first layer.
+        budget: what `keep` is of: every "image", every "frame" of a video, or a "sample"'s images together, of which
+            the most important tokens stay wherever they are.
+        minimum: at least so many tokens stay of every image (of every frame with budget="frame").
         name: the method's name, for reports.
 
     Raises:
@@ -55,6 +61,9 @@ class Pruner:
     recycle: str = "none"
     cells: int = 16
     size_aware: bool = False
+    stages: Sequence[Any] | None = None
+    budget: str = "image"
+    minimum: int = 1
     name: str = ""
 
     hooked: ClassVar[bool] = True
@@ -67,6 +76,11 @@ class Pruner:
             raise VPruneError(f"cells={self.cells!r}: give a number of grid cells, at least 1")
         if not isinstance(self.size_aware, bool):
             raise VPruneError(f"size_aware={self.size_aware!r}: give true or false")
+        if self.budget not in BUDGETS:
+            raise VPruneError(f"budget={self.budget!r}: choose one of {', '.join(BUDGETS)}")
+        if isinstance(self.minimum, bool) or not isinstance(self.minimum, int) or self.minimum < 1:
+            raise VPruneError(f"minimum={self.minimum!r}: give a number of tokens, at least 1")
+        checked_stages(self.stages, self.keep)
 
     @property
     def needs_evidence(self) -> bool:
@@ -77,24 +91,61 @@ class Pruner:
         """The same method with another budget."""
         return replace(self, keep=keep)
 
-    def plan(self, prefill: Prefill) -> tuple[list[Selection], list[Tensor | None]]:
-        """Decide for every image of a prefill; returns the selections and the importance maps (float32 [N]).
+    @property
+    def schedule(self) -> tuple[Stage, ...]:
+        """The stages (layer, keep), layers rising."""
+        return checked_stages(self.stages, self.keep)
+
+    def scoring_layer(self, stage: int) -> int:
+        """The layer before which the importance for the stage at layer `stage` is measured: its own or an earlier."""
+        layer = getattr(self.scorer, "layer", None)
+        return stage if layer is None or layer < 0 else min(layer, stage)
+
+    def score(self, prefill: Prefill) -> list[Tensor | None]:
+        """The importance of the tokens of every image, float32 [N]; NaN where an earlier stage left nothing.
 
         Raises:
-            VPruneError: the budget is more than an image has, or the scorer lacks what it needs.
+            VPruneError: the scorer lacks what it needs.
         """
-        budgets = [budget_of(self.keep, image.grid) for image in prefill.images]
-        maps: Sequence[Tensor | None] = self.scorer(prefill) if self.scorer is not None else [None] * len(budgets)
+        if self.scorer is None:
+            return [None] * len(prefill.images)
+        return [
+            spread_over_grid(one, image) if one is not None else None
+            for one, image in zip(self.scorer(prefill), prefill.images, strict=True)
+        ]
+
+    def plan(self, prefill: Prefill, maps: Sequence[Tensor | None], keep: float | int) -> list[Selection]:
+        """Decide for every image of a prefill whose importance maps are `maps`.
+
+        Raises:
+            VPruneError: the budget is more than an image has.
+        """
+        rows = Budget(keep, self.budget, self.minimum).rows_of(prefill.images, maps)
         seen = [prefill.tower[image.origin] if image.origin >= 0 else None for image in prefill.images]
-        planned = [self.plan_image(*one) for one in zip(prefill.images, budgets, maps, seen, strict=True)]
-        return planned, list(maps)
+        return [self.plan_image(*one) for one in zip(prefill.images, rows, maps, seen, strict=True)]
 
     def plan_image(
         self, image: VisualTokens, budget: int, importance: Tensor | None, seen: TowerImage | None
     ) -> Selection:
         """Decide for one image; `seen` is what was watched of it in the vision tower, None where nothing was."""
         order = self.selector.order(importance, image.grid, budget, seen.fingerprint if seen else 0)
-        return recycle(self.recycle, order, image.grid, budget, self.cells)
+        if self.budget == "frame":
+            order = frame_by_frame(order, image.grid)
+        if image.standing is not None:
+            row = torch.full_like(order, -1)
+            row[image.standing.kept] = torch.arange(len(image))
+            order = row[order]
+            order = order[order >= 0]
+        return recycle(self.recycle, order, image.grid, budget, self.cells, image.standing)
+
+
+def spread_over_grid(importance: Tensor, image: VisualTokens) -> Tensor:
+    """Importance [K] of what stands of an image, or [N] of all of it, as [N]; NaN where nothing stands."""
+    if image.standing is None or importance.numel() != len(image):
+        return importance
+    whole = torch.full((math.prod(image.grid),), math.nan)
+    whole[image.standing.kept] = importance.float()
+    return whole
 
 
 @dataclass
@@ -111,6 +162,8 @@ class Full(Pruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.stages is not None:
+            raise VPruneError(f"method=full prunes at no stage: stages={self.stages!r} was given")
         if self.keep != 1:
             raise VPruneError(f"method=full keeps everything: keep={self.keep!r} was given, only keep=1.0 is possible")
 
@@ -123,7 +176,7 @@ class Pool(Pruner):
         self, image: VisualTokens, budget: int, importance: Tensor | None, seen: TowerImage | None
     ) -> Selection:
         """The means of the cells, each standing where its middle token stood."""
-        return pool_cells(image.grid, budget)
+        return pool_cells(image.grid, budget, image.standing)
 
 
 @dataclass
@@ -134,9 +187,14 @@ class Resize(Pruner):
     one of the tokens that it replaces stood.
     """
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.schedule[0][0] or len(self.schedule) > 1 or self.budget != "image":
+            raise VPruneError("method=resize shrinks images before the model sees them: no stages, budget=image only")
+
     def small_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
         """The patch grid that the vision tower sees instead of (h, w)."""
-        return cells_within(*grid, budget_of(self.keep, (1, *grid)))
+        return cells_within(*grid, count_of(self.keep, grid[0] * grid[1], [(1, *grid)]))
 
     def plan_image(
         self, image: VisualTokens, budget: int, importance: Tensor | None, seen: TowerImage | None
@@ -149,42 +207,6 @@ class Resize(Pruner):
         if seen is None:
             raise VPruneError("method=resize: pass pixel_values inside the `with vprune.prune(...)` block")
         return representatives(cell_of_token(image.grid, (1, *(seen.small_grid or seen.grid[1:]))))
-
-
-def checked_keep(keep: Any) -> float | int:
-    """A fraction in (0, 1] as a float or a token count as an int, from any kind of number.
-
-    Raises:
-        VPruneError: it is neither.
-    """
-    remedy = "give a fraction in (0, 1] or a token count per image (int >= 1)"
-    if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
-        raise VPruneError(f"keep={keep!r}: {remedy}")
-    if isinstance(keep, numbers.Integral):
-        if keep < 1:
-            raise VPruneError(f"keep={keep} is below 1: {remedy}")
-        return int(keep)
-    if not 0 < float(keep) <= 1:
-        raise VPruneError(f"keep={keep} is outside (0, 1]: {remedy}")
-    return float(keep)
-
-
-def budget_of(keep: float | int, grid: Grid) -> int:
-    """The number of rows that stay of an image of `grid` (t, h, w).
-
-    Raises:
-        VPruneError: a token count above what the image has.
-    """
-    total = math.prod(grid)
-    if isinstance(keep, float):
-        return max(1, math.floor(keep * total + 1e-9))
-    if keep > total:
-        shape = " x ".join(map(str, grid if grid[0] > 1 else grid[1:]))
-        raise VPruneError(
-            f"keep={keep} but the image has {total} visual tokens ({shape}); "
-            f"give at most {total}, or a fraction in (0, 1]"
-        )
-    return keep
 
 
 @lru_cache(maxsize=1)

@@ -22,66 +22,6 @@ Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class VisualTokens:
-    """The visual tokens of one image in one row of the batch.
-
-    `columns` holds their places in that row (LongTensor [N] on the CPU, ascending), `origin` the image's place among
-    the images the vision tower encoded (beams repeat an image, the tower sees it once), -1 where the tower was not
-    watched.
-    """
-
-    sample: int
-    image: int
-    columns: Tensor
-    grid: Grid
-    origin: int = -1
-
-    def __len__(self) -> int:
-        return int(self.columns.numel())
-
-
-@dataclass
-class TowerImage:
-    """What was seen of one image on its way through the vision tower.
-
-    `grid` is the grid (t, h, w) of the visual tokens that it becomes; `fingerprint` a checksum of the pixels,
-    `received` the attention its tokens' patches receive (float32 [t * h * w]) and `small_grid` the grid (h', w') it was
-    resized to, each only when the method asked for it. `call` numbers the runs of the tower: pictures and videos are
-    read in runs of their own.
-    """
-
-    grid: Grid
-    fingerprint: int = 0
-    received: Tensor | None = None
-    small_grid: tuple[int, int] | None = None
-    call: int = 0
-
-
-@dataclass
-class Prefill:
-    """All that a scorer may look at, just before the first decoder layer.
-
-    `hidden` [B, L, D] are the decoder's inputs, `positions` its position ids ([B, L] or [rows, B, L]), `valid` and
-    `visual` bool [B, L] mark what is no padding and what is a visual token. The cache already stores `stored` rows of
-    earlier turns, of which `past` is known. `deepstack`: visual features are added between the first layers, too.
-    `tower` lists the images that the vision tower saw, `evidence` what `Pruning.evidence` was.
-    """
-
-    anatomy: Anatomy
-    hidden: Tensor
-    positions: Tensor
-    valid: Tensor
-    visual: Tensor
-    images: Sequence[VisualTokens]
-    tower: Sequence[TowerImage]
-    evidence: Sequence[Any] | None
-    cache: Any
-    stored: int
-    past: StoredRows
-    deepstack: bool = False
-
-
-@dataclass(frozen=True)
 class Selection:
     """Which rows stand for an image's N visual tokens after pruning.
 
@@ -111,11 +51,106 @@ class Selection:
         return cls(kept, source, (source >= 0).to(torch.float64), torch.ones_like(kept))
 
     @classmethod
-    def grouped(cls, kept: Tensor, source: Tensor) -> Selection:
-        """The selection whose row r, standing at `kept[r]`, is the mean of the tokens with `source == r`."""
-        sizes = torch.bincount(source[source >= 0], minlength=kept.numel())
-        weights = torch.where(source >= 0, 1.0 / sizes[source.clamp(min=0)].to(torch.float64), 0.0)
-        return cls(kept, source, weights, sizes)
+    def grouped(cls, kept: Tensor, source: Tensor, sizes: Tensor | None = None) -> Selection:
+        """The selection whose row r, standing at `kept[r]`, is the mean of the tokens with `source == r`.
+
+        `sizes` LongTensor [N]: how many tokens each of them stands for already, None = itself.
+        """
+        own = torch.ones_like(source) if sizes is None else sizes
+        stays = source >= 0
+        total = torch.zeros_like(kept).index_add(0, source[stays], own[stays])
+        weights = torch.where(stays, own.to(torch.float64) / total[source.clamp(min=0)], 0.0)
+        return cls(kept, source, weights, total)
+
+    def then(self, later: Selection) -> Selection:
+        """Follow this selection by another one of the rows that it left."""
+        row = self.source.clamp(min=0)
+        stays = self.source >= 0
+        source = torch.where(stays, later.source[row], -1)
+        weights = torch.where(source >= 0, self.weights * later.weights[row], 0.0)
+        sizes = torch.zeros_like(later.kept).index_add(
+            0, later.source[later.source >= 0], self.sizes[later.source >= 0]
+        )
+        return Selection(self.kept[later.kept], source, weights, sizes)
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """The visual tokens of one image in one row of the batch.
+
+    `columns` holds their places in that row (LongTensor [N] on the CPU, ascending), `origin` the image's place among
+    the images the vision tower encoded (beams repeat an image, the tower sees it once), -1 where the tower was not
+    watched. `picture` is the same for the tiles of one picture. `standing` tells what earlier stages left of the image
+    (columns are then [K]), None = all of it.
+    """
+
+    sample: int
+    image: int
+    columns: Tensor
+    grid: Grid
+    origin: int = -1
+    picture: int = -1
+    standing: Selection | None = None
+
+    def __len__(self) -> int:
+        return int(self.columns.numel())
+
+
+@dataclass
+class TowerImage:
+    """What was seen of one image on its way through the vision tower.
+
+    `grid` is the grid (t, h, w) of the visual tokens that it becomes; `fingerprint` a checksum of the pixels,
+    `received` the attention its tokens' patches receive (float32 [t * h * w]) and `small_grid` the grid (h', w') it was
+    resized to, each only when the method asked for it. `call` numbers the runs of the tower: pictures and videos are
+    read in runs of their own.
+    """
+
+    grid: Grid
+    fingerprint: int = 0
+    received: Tensor | None = None
+    small_grid: tuple[int, int] | None = None
+    call: int = 0
+
+
+@dataclass
+class Prefill:
+    """All that a scorer may look at, just before a decoder layer: the first one, or that of a later stage.
+
+    `hidden` [B, L, D] is what decoder layer `layer` is about to read, `positions` its position ids ([B, L] or [rows, B,
+    L]), `valid` and `visual` bool [B, L] mark what is no padding and what is a visual token. The cache already stores
+    `stored` rows of earlier turns, of which `past` is known. Visual features are added after each of the first
+    `deepstack` layers, too. `tower` lists the images that the vision tower saw, `evidence` what `Pruning.evidence` was.
+    """
+
+    anatomy: Anatomy
+    hidden: Tensor
+    positions: Tensor
+    valid: Tensor
+    visual: Tensor
+    images: Sequence[VisualTokens]
+    tower: Sequence[TowerImage]
+    evidence: Sequence[Any] | None
+    cache: Any
+    stored: int
+    past: StoredRows
+    deepstack: int = 0
+    layer: int = 0
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What an image has become after one stage, before decoder layer `layer`; names as in `ImageReport`.
+
+    `importance` float32 [t, h, w], NaN where nothing stood any more.
+    """
+
+    layer: int
+    importance: Tensor | None
+    kept: Tensor
+    source: Tensor
+    sizes: Tensor
+    tokens_after: int
 
 
 @dataclass(frozen=True)
@@ -126,7 +161,8 @@ class ImageReport:
     w], None for methods without one. `kept` LongTensor [tokens_after], ascending indices among the image's visual
     tokens of the rows that remain (a merged row counts where it stands). `source` LongTensor [tokens_before]: the index
     of the row that now stands for the token, -1 = dropped. `sizes` LongTensor [tokens_after]. `seconds`: scoring,
-    selecting and recycling of the whole prefill, shared by its images.
+    selecting and recycling of the whole prefill, shared by its images. `stages`: what each stage decided, first to
+    last; all else is what they come to together (`importance`: of the first stage that has one).
     """
 
     sample: int
@@ -140,6 +176,7 @@ class ImageReport:
     tokens_after: int
     seconds: float
     method: str = ""
+    stages: tuple[StageReport, ...] = ()
 
     def draw(self, image: Image.Image | None = None) -> Image.Image:
         """Draw the heat map over the image and, beside it, the tokens that stay (the pruned ones greyed)."""

@@ -30,14 +30,13 @@ def reserved_cells(grid: Grid, budget: int, cells: int) -> Grid | None:
     return t, h, w
 
 
-def merge_cells(order: Tensor, grid: Grid, budget: int, cells: Grid) -> Selection:
+def merge_cells(order: Tensor, cell: Tensor, budget: int, count: int, sizes: Tensor | None = None) -> Selection:
     """Keep the first tokens of `order` pure; the others become the mean of their cell, where its median one stood.
 
-    The rows are `budget` in all: a cell without a pruned token gives its row back to selection.
+    `cell` LongTensor [N]: which of `count` cells each token lies in; `sizes` as in `Selection.grouped`. The rows are
+    `budget` in all: a cell without a pruned token gives its row back to selection.
     """
     tokens = order.numel()
-    cell = cell_of_token(grid, cells)
-    count = math.prod(cells)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(tokens)
     # A cell still needs a row after m tokens were kept if its last token ranks at m or later.
@@ -61,30 +60,38 @@ def merge_cells(order: Tensor, grid: Grid, budget: int, cells: Grid) -> Selectio
     row_of_cell[torch.tensor(filled, dtype=torch.long)] = row[kept_pure:]
     source[rest] = row_of_cell[cell[rest]]
     assert kept.numel() == budget
-    return Selection.grouped(kept, source)
+    return Selection.grouped(kept, source, sizes)
 
 
-def pool_cells(grid: Grid, budget: int) -> Selection:
+def pool_cells(grid: Grid, budget: int, standing: Selection | None = None) -> Selection:
     """Every row the mean of a grid cell, standing where the cell's median token stood; at most `budget` rows."""
     cell = cell_of_token(grid, budget_cells(grid, budget))
-    return means_in_place(cell)
+    if standing is None:
+        return means_in_place(cell)
+    # Cells of which nothing stands get no row: the others are numbered anew.
+    filled = torch.bincount(cell[standing.kept]) > 0
+    return means_in_place((filled.cumsum(0) - 1)[cell[standing.kept]], standing.sizes)
 
 
-def means_in_place(cell: Tensor) -> Selection:
+def means_in_place(cell: Tensor, sizes: Tensor | None = None) -> Selection:
     """One row per cell (LongTensor [N], the cell of each token), the mean of its tokens, where the middle one stood."""
     count = int(cell.max()) + 1
     members = cell.argsort(stable=True)
-    sizes = torch.bincount(cell, minlength=count)
-    first = sizes.cumsum(0) - sizes
-    medians = members[first + (sizes - 1) // 2]
+    lengths = torch.bincount(cell, minlength=count)
+    first = lengths.cumsum(0) - lengths
+    medians = members[first + (lengths - 1) // 2]
     kept, place = medians.sort()
     row = torch.empty_like(place)
     row[place] = torch.arange(count)
-    return Selection.grouped(kept, row[cell])
+    return Selection.grouped(kept, row[cell], sizes)
 
 
-def recycle(kind: str, order: Tensor, grid: Grid, budget: int, cells: int) -> Selection:
+def recycle(
+    kind: str, order: Tensor, grid: Grid, budget: int, cells: int, standing: Selection | None = None
+) -> Selection:
     """Turn an order of keeping into a selection of `budget` rows.
+
+    `standing`: what an earlier stage left of the grid; `order` is then one of its rows.
 
     Raises:
         VPruneError: `kind` is unknown.
@@ -92,7 +99,13 @@ def recycle(kind: str, order: Tensor, grid: Grid, budget: int, cells: int) -> Se
     if kind not in RECYCLERS:
         raise VPruneError(f"recycle={kind!r}: choose one of {', '.join(RECYCLERS)}")
     room = reserved_cells(grid, budget, cells) if kind == "grid" and budget < order.numel() else None
-    return keep_only(order, budget) if room is None else merge_cells(order, grid, budget, room)
+    if room is None:
+        kept = keep_only(order, budget)
+        return kept if standing is None else Selection(kept.kept, kept.source, kept.weights, standing.sizes[kept.kept])
+    cell = cell_of_token(grid, room)
+    if standing is None:
+        return merge_cells(order, cell, budget, math.prod(room))
+    return merge_cells(order, cell[standing.kept], budget, math.prod(room), standing.sizes)
 
 
 def representatives(cell: Tensor) -> Selection:

@@ -89,6 +89,14 @@ def spread_order(grid: Grid) -> Tensor:
     return rank.flatten().argsort(stable=True)
 
 
+def frame_by_frame(order: Tensor, grid: Grid) -> Tensor:
+    """The same order (LongTensor [N]) within every frame, the frames taking turns."""
+    frame = order // (grid[1] * grid[2])
+    turns = torch.stack([(frame == number).cumsum(0) for number in range(grid[0])])
+    turn = turns.gather(0, frame[None]).squeeze(0)
+    return order[(turn * grid[0] + frame).argsort(stable=True)]
+
+
 @lru_cache(maxsize=256)
 def cells_within(h: int, w: int, budget: int) -> tuple[int, int]:
     """The grid (h', w') of at most `budget` cells that replaces (h, w).

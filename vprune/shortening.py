@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vprune import kernels
-from vprune.pruner import Pruner
-from vprune.records import ImageReport, Prefill, PruneReport, Selection
+from vprune.records import Prefill, Selection, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,8 @@ class Shortening:
 
     `index` LongTensor [B, K]: the columns that stay, ascending, left-padded with -1; `tail`: how many of the last
     columns are the last ones of the unpruned batch too, in every row; `bias` float32 [B, K]: log sizes, None when
-    nothing is merged or sizes are not to count; all on the device of the batch.
+    nothing is merged or sizes are not to count; all on the device of the batch. `images` are those of the batch,
+    in their new columns.
     """
 
     index: Tensor
@@ -43,6 +42,7 @@ class Shortening:
     padded: bool
     merges: Sequence[Merges]
     bias: Tensor | None
+    images: Sequence[VisualTokens]
 
     @property
     def valid(self) -> Tensor:
@@ -59,54 +59,29 @@ class Shortening:
             hidden = flat.index_copy(0, targets, torch.cat(rows)).view_as(hidden)
         return kernels.compact(hidden, self.index)
 
-    def shorten_positions(self, positions: Tensor) -> Tensor:
-        """Position ids [..., B or 1, L] -> [..., B, K], the original values."""
-        index = self.index.clamp(min=0).expand(*positions.shape[:-2], *self.index.shape)
-        return positions.expand(*positions.shape[:-2], index.shape[-2], self.length).gather(-1, index)
 
-    def restore(self, hidden: Tensor) -> Tensor:
-        """[B, K, D] -> [B, L, D], every row at its original place, zeros where tokens were dropped."""
-        batch, _, width = hidden.shape
-        # Padding goes to a column of its own behind the last one, which is cut off again.
-        places = torch.where(self.index >= 0, self.index, self.length)[..., None].expand(-1, -1, width)
-        return hidden.new_zeros((batch, self.length + 1, width)).scatter(1, places, hidden)[:, : self.length]
+def gather_columns(per_column: Tensor, index: Tensor) -> Tensor:
+    """What belongs to columns (position ids, marks), [..., B or 1, L], for the columns `index` [B, K] -> [..., B, K].
 
-
-def plan_prefill(pruner: Pruner, prefill: Prefill) -> tuple[Shortening | None, PruneReport]:
-    """Score, select and recycle; None instead of a shortening when everything stays as it is.
-
-    Raises:
-        VPruneError: as `Pruner.plan`.
+    -1, which is padding, gets what belongs to column 0.
     """
-    start = time.perf_counter()
-    with torch.no_grad():
-        selections, maps = pruner.plan(prefill)
-        identity = all(selection.is_identity for selection in selections)
-        shortening = None if identity else shorten_batch(prefill, selections, pruner.size_aware)
-    seconds = time.perf_counter() - start
-    images = [
-        ImageReport(
-            sample=image.sample,
-            image=image.image,
-            grid=image.grid,
-            importance=None if importance is None else importance.float().reshape(image.grid),
-            kept=selection.kept,
-            source=selection.source,
-            sizes=selection.sizes,
-            tokens_before=len(image),
-            tokens_after=selection.kept.numel(),
-            seconds=seconds,
-            method=pruner.name,
-        )
-        for image, selection, importance in zip(prefill.images, selections, maps, strict=True)
-    ]
-    return shortening, PruneReport(images, seconds)
+    places = index.clamp(min=0).expand(*per_column.shape[:-2], *index.shape)
+    return per_column.expand(*places.shape[:-1], per_column.shape[-1]).gather(-1, places)
+
+
+def restore_columns(hidden: Tensor, index: Tensor, length: int) -> Tensor:
+    """[B, K, D] -> [B, L, D], every row at its original column, zeros where tokens were dropped."""
+    batch, _, width = hidden.shape
+    # Padding goes to a column of its own behind the last one, which is cut off again.
+    places = torch.where(index >= 0, index, length)[..., None].expand(-1, -1, width).to(hidden.device)
+    return hidden.new_zeros((batch, length + 1, width)).scatter(1, places, hidden)[:, :length]
 
 
 def shorten_batch(prefill: Prefill, selections: Sequence[Selection], size_aware: bool) -> Shortening:
     """Lay out the shorter batch: text untouched, of every image the rows that remain, padding only on the left."""
     device = prefill.hidden.device
     stays = prefill.valid.cpu().clone()
+    followed: list[VisualTokens] = []
     batch, length = stays.shape
     sizes = torch.ones((batch, length))
     merges, tail = [], length
@@ -115,6 +90,8 @@ def shorten_batch(prefill: Prefill, selections: Sequence[Selection], size_aware:
         stays[row, columns] = False
         stays[row, columns[selection.kept]] = True
         sizes[row, columns[selection.kept]] = selection.sizes.float()
+        standing = selection if image.standing is None else image.standing.then(selection)
+        followed.append(replace(image, columns=columns[selection.kept], standing=standing))
         if not selection.is_identity:
             tail = min(tail, length - 1 - int(columns[-1]))
         merged = _merges(selection, row * length + columns)
@@ -125,10 +102,13 @@ def shorten_batch(prefill: Prefill, selections: Sequence[Selection], size_aware:
     index = torch.full((batch, width), -1, dtype=torch.long)
     for row in range(batch):
         index[row, width - int(counts[row]) :] = stays[row].nonzero().squeeze(-1)
+    column = torch.full((batch, length + 1), -1, dtype=torch.long)
+    column.scatter_(1, torch.where(index >= 0, index, length), torch.arange(width).expand(batch, -1))
+    images = [replace(image, columns=column[image.sample, image.columns]) for image in followed]
     bias = None
     if size_aware and bool((sizes > 1).any()):
         bias = sizes.gather(1, index.clamp(min=0)).log().masked_fill(index < 0, 0.0).to(device)
-    return Shortening(index.to(device), length, tail, bool((counts < width).any()), merges, bias)
+    return Shortening(index.to(device), length, tail, bool((counts < width).any()), merges, bias, images)
 
 
 def _merges(selection: Selection, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:

@@ -183,7 +183,7 @@ def _lined(
         raise VPruneError(f"{type(anatomy.base).__name__}: its config does not say how large a tile is")
     layout: list[VisualTokens] = []
     for row in range(newlines.shape[0]):
-        blocks: list[tuple[Tensor, Grid]] = []
+        blocks: list[tuple[Tensor, Grid, int]] = []
         for number, places in enumerate(kinds):
             columns = places[row].nonzero().squeeze(-1)
             ends: list[int] = newlines[row, columns].nonzero().squeeze(-1).tolist()
@@ -195,9 +195,12 @@ def _lined(
                     found, start, ends = _frames(columns, start, ends, whole)
                 else:
                     found, start, ends = _overview_and_lines(columns, start, ends, whole)
-                blocks += found
+                blocks += [(part, grid, int(found[0][0][0])) for part, grid in found]
         blocks.sort(key=lambda block: int(block[0][0]))
-        layout += [VisualTokens(row, number, columns, grid) for number, (columns, grid) in enumerate(blocks)]
+        layout += [
+            VisualTokens(row, number, columns, grid, picture=picture)
+            for number, (columns, grid, picture) in enumerate(blocks)
+        ]
     return layout
 
 
@@ -251,7 +254,9 @@ def _grouped(anatomy: Anatomy, visual: Tensor, tower: Sequence[TowerImage], firs
         raise _no_whole_images(counts, tower[-1])
     else:
         repeats, seen = 1, _untracked(anatomy, counts)
-    layout, start = [], 0
+    tiled = isinstance(getattr(anatomy.config, "downsample_ratio", None), float)  # InternVL
+    layout: list[VisualTokens] = []
+    start = 0
     for first in range(0, len(counts), repeats):
         taken, end = 0, start
         while taken < counts[first]:
@@ -263,7 +268,11 @@ def _grouped(anatomy: Anatomy, visual: Tensor, tower: Sequence[TowerImage], firs
             for number, image in enumerate(seen[start:end]):
                 size = tokens_of(image)
                 origin = start + number + dropped + first_origin if tower else -1
-                layout.append(VisualTokens(row, number, columns[offset : offset + size], image.grid, origin))
+                own = columns[offset : offset + size]
+                first_column = int(own[0])
+                if tiled and number and first_column == int(columns[offset - 1]) + 1:
+                    first_column = layout[-1].picture  # tiles of one picture follow each other without a gap
+                layout.append(VisualTokens(row, number, own, image.grid, origin, picture=first_column))
                 offset += size
         start = end
     return layout

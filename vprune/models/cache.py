@@ -79,6 +79,7 @@ class LogicalLayer:
 
     dropped: int
     rows: StoredRows
+    history: tuple[int, ...]  # where each prefill had last been shortened before it came to this layer
     _physical: int
 
     @contextmanager
@@ -120,7 +121,7 @@ class LogicalLayer:
         """Forget everything."""
         with self.physical():
             super().reset()  # type: ignore[misc]
-        self.dropped, self.rows = 0, NOTHING_KNOWN
+        self.dropped, self.rows, self.history = 0, NOTHING_KNOWN, ()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
@@ -144,45 +145,65 @@ def _logical_class(own: type) -> type:
     return type(f"Logical{own.__name__}", (LogicalLayer, own), {"_layer_type": None})
 
 
-def first_logical(cache: Any) -> LogicalLayer | None:
-    """The first layer of a cache that was pruned, None when none was."""
-    return next((layer for layer in getattr(cache, "layers", ()) if isinstance(layer, LogicalLayer)), None)
+def logical(cache: Any, number: int = 0) -> LogicalLayer | None:
+    """Layer `number` of a cache that was pruned, None when it was not (or there is none)."""
+    layers = getattr(cache, "layers", ())
+    layer = layers[number] if number < len(layers) else None
+    return layer if isinstance(layer, LogicalLayer) else None
 
 
-def stored_length(cache: Any) -> int:
-    """The number of rows the cache's first layer stores."""
-    if cache is None or not cache.layers:
+def of_one_kind(cache: Any) -> bool:
+    """True when all layers of a pruned cache store the same rows: what holds for the first and the last holds for all.
+
+    (Every prefill is shortened more and more on its way, so the layers between cannot differ from two equal ends.)
+    """
+    first, last = cache.layers[0], cache.layers[-1]
+    return bool(first.history == last.history)
+
+
+def stored_length(cache: Any, number: int = 0) -> int:
+    """The number of rows that layer `number` of a cache stores."""
+    if cache is None or number >= len(cache.layers):
         return 0
-    layer = cache.layers[0]
+    layer = cache.layers[number]
     if isinstance(layer, LogicalLayer):
         with layer.physical():
             return int(layer.get_seq_length())
     return int(layer.get_seq_length())
 
 
-def record_dropped(cache: Any, dropped: int, rows: StoredRows) -> None:
-    """Tell every layer that `dropped` of the tokens it has just seen were never stored, and what its rows are."""
+def record_dropped(cache: Any, number: int, dropped: int, rows: StoredRows, stage: int) -> None:
+    """Tell a layer that `dropped` of the tokens it has just seen were never stored, and what its rows are.
+
+    `stage` is the layer before which they were dropped last.
+    """
+    layer = cache.layers[number]
+    if not isinstance(layer, LogicalLayer):
+        # Assigning __class__ fails for differing layouts: a new object takes over the attributes instead.
+        own: Any = type(layer)
+        other: Any = object.__new__(_logical_class(own))
+        other.__dict__ = layer.__dict__
+        other.dropped, other._physical, other.history = 0, 0, ()
+        cache.layers[number] = layer = other
+    layer.dropped += dropped
+    layer.rows = rows
+    layer.history = (*layer.history, stage)
+
+
+def note_newest(cache: Any, newest: Tensor) -> None:
+    """Tell every layer of a pruned cache which of the rows that are about to come, bool [B, Q], are no padding."""
+    known: dict[int, StoredRows] = {}  # layers that store the same rows share what is known of them
     for number, layer in enumerate(cache.layers):
-        if not isinstance(layer, LogicalLayer):
-            # Assigning __class__ fails for differing layouts: a new object takes over the attributes instead.
-            own: Any = type(layer)
-            logical: Any = object.__new__(_logical_class(own))
-            logical.__dict__ = layer.__dict__
-            logical.dropped, logical._physical = 0, 0
-            cache.layers[number] = layer = logical
-        layer.dropped += dropped
-        layer.rows = rows
-
-
-def note_rows(cache: Any, rows: StoredRows) -> None:
-    """Tell every layer of a pruned cache what is known of its rows now."""
-    for layer in cache.layers:
-        layer.rows = rows
+        rows, key = layer.rows, id(layer.rows)
+        if key not in known:
+            stored = stored_length(cache, number)
+            known[key] = rows.continued(stored, newest, None, newest.shape, rows.floor)
+        layer.rows = known[key]
 
 
 def past_keys_values(cache: Any, layer: int) -> tuple[Tensor, Tensor] | None:
     """Keys and values [B, G, S, D] that a layer stores, None when it stores nothing."""
-    length = stored_length(cache)
+    length = stored_length(cache, layer)
     if not length:
         return None
     stored = cache.layers[layer]

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from vprune.errors import VPruneError
-from vprune.models.cache import first_logical, note_rows, stored_length, widened
+from vprune.models.cache import logical, note_newest, stored_length, widened
 
 _DENSE_BACKENDS = ("eager", "sdpa")
+_ADDITIVE_BACKENDS = (*_DENSE_BACKENDS, "flex_attention")
 
 
 def attention_mask_4d(valid: Tensor, bias: Tensor | None, queries: int, backend: str, dtype: torch.dtype) -> Tensor:
@@ -50,19 +51,52 @@ def stored_mask(cache: Any, mask: Any, inputs: Tensor, backend: str, sliding: bo
     None when one query sees every row and none is merged; 4-D for the dense backends; else the 2-D mask over all tokens
     seen, whose last columns are the rows stored (the contract of sliding windows).
     """
-    layer, stored = first_logical(cache), stored_length(cache)
+    layer, stored = logical(cache), stored_length(cache)
     assert layer is not None
     batch, queries = inputs.shape[:2]
     # A single new token always sees itself: its own column of the mask carries no news. More of them may hold padding,
     # which the steps after them must go on hiding.
     newest = None if queries == 1 else new_rows_valid(mask, queries, inputs.device)
     if newest is not None:
-        note_rows(cache, layer.rows.continued(stored, newest, None, newest.shape, layer.rows.floor))
+        note_newest(cache, newest)
     rows = layer.rows
     if rows.valid is None and rows.bias is None and queries == 1:
         return None
     valid = widened(rows.valid, batch, stored + queries, True, inputs.device)
     return finished_mask(valid, rows.bias, queries, layer.dropped, inputs, backend, sliding)
+
+
+def layer_mask(
+    valid: Tensor | None, bias: Tensor | None, stored: int, inputs: Tensor, backend: str
+) -> Tensor | Any | None:
+    """The finished mask of a single layer, for `inputs` [B, Q, D] that follow `stored` rows; None where none is needed.
+
+    `valid` bool and `bias` float32 [B, V] tell of the first V of the `stored` + Q rows; None: all valid, none merged.
+    """
+    batch, queries = inputs.shape[:2]
+    if bias is None and valid is None and (queries == 1 or "flash" in backend or (backend == "sdpa" and not stored)):
+        return None
+    seen = widened(valid, batch, stored + queries, True, inputs.device)
+    if bias is not None:
+        bias = widened(bias, batch, stored + queries, 0.0, inputs.device)
+    elif "flash" in backend:
+        return seen
+    elif backend == "flex_attention":
+        return block_mask(seen, queries)
+    return attention_mask_4d(seen, bias, queries, backend, inputs.dtype)
+
+
+def block_mask(valid: Tensor, queries: int) -> Any:
+    """The causal mask of the last `queries` of the rows `valid` bool [B, N], as flex attention takes it."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    batch, length = valid.shape
+
+    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = query + length - queries
+        return (valid[row, key] & (key <= own)) | (key == own)
+
+    return create_block_mask(allowed, batch, None, queries, length, device=str(valid.device))
 
 
 def prefill_mask(
@@ -88,7 +122,7 @@ def finished_mask(
     if bias is not None:
         refuse_bias(backend, sliding)
         bias = widened(bias, valid.shape[0], valid.shape[1], 0.0, inputs.device)
-    if backend in _DENSE_BACKENDS and not sliding:
+    if bias is not None or (backend in _DENSE_BACKENDS and not sliding):
         return attention_mask_4d(valid, bias, queries, backend, inputs.dtype)
     return _over_tokens_seen(valid, dropped)
 
@@ -103,10 +137,10 @@ def refuse_bias(backend: str, sliding: bool) -> None:
     Raises:
         VPruneError: always then, naming the backends that do.
     """
-    if backend not in _DENSE_BACKENDS:
+    if backend not in _ADDITIVE_BACKENDS:
         raise VPruneError(
             f"size_aware=true with attention implementation {backend!r}: it takes no additive mask; "
-            f"use one of {', '.join(_DENSE_BACKENDS)} (model.set_attn_implementation('sdpa')) or size_aware=false"
+            f"use one of {', '.join(_ADDITIVE_BACKENDS)} (model.set_attn_implementation('sdpa')) or size_aware=false"
         )
     if sliding:
         raise VPruneError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy, newline_places, visual_layout
-from vprune.models.cache import NOTHING_KNOWN, StoredRows, first_logical, stored_length
+from vprune.models.cache import NOTHING_KNOWN, StoredRows, logical, stored_length
 from vprune.models.masks import new_rows_valid
 from vprune.records import Prefill, TowerImage
 
@@ -69,13 +69,13 @@ def read_prefill(
         cache=cache,
         stored=stored,
         past=_past_rows(cache, mask, stored),
-        deepstack=kwargs.get("deepstack_visual_embeds") is not None,
+        deepstack=len(kwargs.get("deepstack_visual_embeds") or ()),
     )
 
 
 def _past_rows(cache: Any, mask: Any, stored: int) -> StoredRows:
     """What is known of the rows stored: by a pruned cache itself, else by the mask of the whole prompt."""
-    layer = first_logical(cache)
+    layer = logical(cache)
     if layer is not None:
         return layer.rows
     if not stored or not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -84,20 +84,15 @@ def _past_rows(cache: Any, mask: Any, stored: int) -> StoredRows:
     return NOTHING_KNOWN if bool(valid.all()) else replace(NOTHING_KNOWN, valid=valid)
 
 
-def restored(output: Any, lengthen: Any, width: int) -> Any:
-    """The decoder's output with every hidden state [B, `width`, D] passed through `lengthen`."""
-
-    def one(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == width:
-            return lengthen(value)
-        return value
-
+def restored(output: Any, lengthen: Callable[[Tensor, int], Tensor]) -> Any:
+    """The decoder's output with every hidden state passed through `lengthen`, beside how many layers made it."""
     if isinstance(output, tuple):
-        return (one(output[0]), *output[1:])
-    output["last_hidden_state"] = one(output["last_hidden_state"])
+        return (lengthen(output[0], -1), *output[1:])
+    output["last_hidden_state"] = lengthen(output["last_hidden_state"], -1)
     states = output.get("hidden_states")
     if states is not None:
-        output["hidden_states"] = tuple(map(one, states))
+        last = len(states) - 1
+        output["hidden_states"] = tuple(lengthen(one, -1 if n == last else n) for n, one in enumerate(states))
     return output
 
 

@@ -76,10 +76,10 @@ def capture(attention: nn.Module, *args: Any, **kwargs: Any) -> Captured:
 
 
 def layer_attention(prefill: Prefill, layer: int) -> Captured:
-    """Queries and keys of decoder layer `layer` over the unpruned prompt (keys of earlier turns first).
+    """Queries and keys of decoder layer `layer` over the prompt as it stands (keys of earlier turns first).
 
-    Layer 0 costs one norm and two projections; layer l runs the l layers below it over the whole prompt, always with
-    the same attention implementation, so that the result does not depend on the model's own.
+    The layer that comes next costs one norm and two projections; a later one runs those before it, always with the same
+    attention implementation, so that the result does not depend on the model's own.
 
     Raises:
         VPruneError: the decoder has no such layer.
@@ -87,16 +87,18 @@ def layer_attention(prefill: Prefill, layer: int) -> Captured:
     layers = prefill.anatomy.layers
     if not -len(layers) <= layer < len(layers):
         raise VPruneError(f"layer={layer}: the decoder has layers 0 to {len(layers) - 1}")
-    if layer % len(layers) and prefill.deepstack:
+    first, last = prefill.layer, layer % len(layers)
+    if last > first and first < prefill.deepstack:
         raise VPruneError(
-            f"layer={layer}: features are added between the first layers (DeepStack); only layer=0 is possible"
+            f"layer={layer}: features are added after the first {prefill.deepstack} layers (DeepStack); "
+            f"only layer={first} is possible here"
         )
     decoder: Any = prefill.anatomy.decoder
     chosen: Any = layers[layer]
     with torch.no_grad():
         hidden, past = prefill.hidden, PastView(prefill.cache) if prefill.cache is not None else None
-        rope = rotations(decoder, layer % len(layers), hidden, rotary_positions(prefill.positions))
-        below = layers[: layer % len(layers)]
+        below = layers[first:last]
+        rope = rotations(decoder, last, bool(below), hidden, rotary_positions(prefill.positions))
         if len(below):
             mask = attention_mask_4d(
                 stored_and_new_valid(prefill), past_bias(prefill), hidden.shape[1], "sdpa", hidden.dtype
@@ -120,13 +122,19 @@ def layer_attention(prefill: Prefill, layer: int) -> Captured:
         )
 
 
-def rotations(decoder: Any, layer: int, hidden: Tensor, positions: Tensor) -> Any:
-    """The rotary embeddings of a layer: some decoders have several kinds of layers that rotate differently."""
+def rotations(decoder: Any, layer: int, below: bool, hidden: Tensor, positions: Tensor) -> Any:
+    """The rotary embeddings of a layer: some decoders have several kinds of layers that rotate differently.
+
+    Raises:
+        VPruneError: they do, and layers `below` would have to run first.
+    """
     if "layer_type" not in signature(decoder.rotary_emb.forward).parameters:
         return decoder.rotary_emb(hidden, positions)
-    if layer:
-        raise VPruneError(f"layer={layer}: the layers of this decoder are of several kinds; only layer=0 is possible")
-    return decoder.rotary_emb(hidden, positions, decoder.config.layer_types[0])
+    if below:
+        raise VPruneError(
+            f"layer={layer}: the layers of this decoder are of several kinds; only the layer of the stage is possible"
+        )
+    return decoder.rotary_emb(hidden, positions, decoder.config.layer_types[layer])
 
 
 def sliding_window(prefill: Prefill, layer: int) -> int | None:

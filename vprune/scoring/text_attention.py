@@ -25,10 +25,10 @@ class TextAttention:
     none). Layer 0 costs one norm and two projections; layer l also runs the l layers below it over the unpruned prompt.
 
     Args:
-        layer: the decoder layer. pool: "mean" or "max".
+        layer: the decoder layer, None = the one that the stage stands before. pool: "mean" or "max".
     """
 
-    layer: int = 0
+    layer: int | None = None
     pool: str = "mean"
 
     needs_evidence: ClassVar[bool] = False
@@ -37,14 +37,15 @@ class TextAttention:
     def __post_init__(self) -> None:
         if self.pool not in _POOLS:
             raise VPruneError(f"pool={self.pool!r}: choose one of {', '.join(_POOLS)}")
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int):
+        if self.layer is not None and (isinstance(self.layer, bool) or not isinstance(self.layer, int)):
             raise VPruneError(f"layer={self.layer!r}: give the number of a decoder layer")
 
     def __call__(self, prefill: Prefill) -> list[Tensor]:
         """Score all images of a prefill, rows of all samples at once."""
         if not prefill.images:
             return []
-        caught = layer_attention(prefill, self.layer)
+        layer = prefill.layer if self.layer is None else self.layer
+        caught = layer_attention(prefill, layer)
         rows, row_valid = instruction_rows(prefill.valid, prefill.visual)
         query = caught.query.gather(
             2, rows[:, None, :, None].expand(-1, caught.query.shape[1], -1, caught.query.shape[3])
@@ -58,7 +59,7 @@ class TextAttention:
             row_valid=row_valid,
             key_valid=stored_and_new_valid(prefill),
             key_bias=past_bias(prefill),
-            window=sliding_window(prefill, self.layer),
+            window=sliding_window(prefill, layer),
             pool=self.pool,
         )
         on_host = mass[:, stored:].float().cpu()

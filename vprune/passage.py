@@ -1,0 +1,278 @@
+"""One prefill on its way through the decoder: shortened before the first layer, or wherever the method has a stage."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vprune.errors import VPruneError
+from vprune.models.cache import StoredRows, logical, record_dropped, stored_length
+from vprune.models.masks import gathered_masks, layer_mask
+from vprune.pruner import Pruner
+from vprune.records import ImageReport, Prefill, PruneReport, Selection, StageReport
+from vprune.shortening import Shortening, gather_columns, restore_columns, shorten_batch
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The layers from `first` to the next stage, in which the batch is as long as it is: [B, K].
+
+    `index` LongTensor [B, K]: the caller's columns that stand there (-1 = padding), None = all of them; `since` the
+    same among the columns that the decoder was given. `valid` bool [B, K], None when all are; `bias` float32 [B, K]:
+    log sizes, None when they do not count. The last `tail` columns are the caller's last ones in every row.
+    """
+
+    first: int
+    width: int
+    index: Tensor | None
+    since: Tensor | None
+    valid: Tensor | None
+    bias: Tensor | None
+    tail: int
+
+
+class Passage:
+    """A prefill under way, and what the method decided about it.
+
+    Raises:
+        VPruneError: a stage that this model cannot have, or whatever the method refuses.
+    """
+
+    def __init__(self, pruner: Pruner, prefill: Prefill, backend: str) -> None:
+        self.pruner, self.prefill, self.backend = pruner, prefill, backend
+        self.length = prefill.hidden.shape[1]
+        padded = not bool(prefill.valid.all())
+        valid = prefill.valid if padded else None
+        self.stretches = [Stretch(0, self.length, None, None, valid, None, self.length)]
+        self._masks: dict[Any, Any] = {}
+        self._maps: dict[int, list[Tensor | None]] = {}
+        self._decided: list[list[StageReport]] = [[] for _ in prefill.images]
+        self._seconds = 0.0
+        self._stops = {0}
+        for layer, _ in pruner.schedule:
+            self._check_stage(layer)
+            self._stops |= {layer, pruner.scoring_layer(layer)}
+
+    @property
+    def here(self) -> Stretch:
+        """The stretch that has been reached."""
+        return self.stretches[-1]
+
+    @property
+    def shortened(self) -> bool:
+        """True once something was pruned."""
+        return self.here.index is not None
+
+    @property
+    def ends_at_once(self) -> bool:
+        """True when nothing is left to do after the first layer was reached."""
+        return max(self._stops) == 0
+
+    def _check_stage(self, layer: int) -> None:
+        decoder, layers = self.prefill.anatomy.decoder, self.prefill.anatomy.layers
+        if layer and layer < self.prefill.deepstack:
+            raise VPruneError(
+                f"stages: layer {layer} lies among the first {self.prefill.deepstack} layers, after each of which "
+                f"visual features are added (DeepStack); choose 0, or {self.prefill.deepstack} and above"
+            )
+        if layer and decoder.training and getattr(layers[layer], "gradient_checkpointing", False):
+            raise VPruneError(
+                f"stages: a stage before layer {layer} under gradient checkpointing, which runs layers twice; "
+                "prune before layer 0 only, or call model.gradient_checkpointing_disable()"
+            )
+
+    def enter(self, layer: int, hidden: Tensor) -> tuple[Tensor, Shortening | None]:
+        """What layer `layer` reads in place of `hidden` [B, K, D], and the shortening that was done, None if none."""
+        if layer not in self._stops:
+            return hidden, None
+        start = time.perf_counter()
+        self.prefill = replace(
+            self.prefill, hidden=hidden, layer=layer, stored=self._stored_before(layer), past=self._past(layer)
+        )
+        short = None
+        with torch.no_grad():
+            for stage, keep in self.pruner.schedule:
+                if self.pruner.scoring_layer(stage) == layer and stage not in self._maps:
+                    self._maps[stage] = self._scored(layer)
+                if stage == layer:
+                    short = self._decide(layer, keep)
+        self._seconds += time.perf_counter() - start
+        if short is None:
+            return hidden, None
+        shorter = short.shorten(hidden)
+        self._move_on(layer, short, shorter)
+        return shorter, short
+
+    def _scored(self, layer: int) -> list[Tensor | None]:
+        earlier = next((maps for stage, maps in self._maps.items() if self.pruner.scoring_layer(stage) == layer), None)
+        return self.pruner.score(self.prefill) if earlier is None else earlier
+
+    def _decide(self, layer: int, keep: float | int) -> Shortening | None:
+        maps, images = self._maps[layer], self.prefill.images
+        selections = self.pruner.plan(self.prefill, maps, keep)
+        identity = all(selection.is_identity for selection in selections)
+        short = None if identity else shorten_batch(self.prefill, selections, self.pruner.size_aware)
+        followed = images if short is None else short.images
+        for number, (image, one) in enumerate(zip(followed, maps, strict=True)):
+            importance = None if one is None else one.float().reshape(image.grid)
+            stands = image.standing or untouched(len(image))
+            tokens = stands.kept.numel()
+            self._decided[number].append(
+                StageReport(layer, importance, stands.kept, stands.source, stands.sizes, tokens)
+            )
+        if short is None:
+            self.prefill = replace(self.prefill, images=followed)
+        return short
+
+    def _move_on(self, layer: int, short: Shortening, shorter: Tensor) -> None:
+        prefill, before = self.prefill, self.here
+        self.prefill = replace(
+            prefill,
+            hidden=shorter,
+            positions=gather_columns(prefill.positions, short.index),
+            valid=short.valid,
+            visual=gather_columns(prefill.visual, short.index) & short.valid,
+            images=short.images,
+        )
+        since = chained(before.since, short.index) if layer else None
+        self.stretches.append(
+            Stretch(
+                layer,
+                short.index.shape[1],
+                chained(before.index, short.index),
+                since,
+                short.valid if short.padded else None,
+                short.bias,
+                min(before.tail, short.tail),
+            )
+        )
+
+    def _stored_before(self, layer: int) -> int:
+        return stored_length(self.prefill.cache, layer)
+
+    def _past(self, layer: int) -> StoredRows:
+        known = logical(self.prefill.cache, layer)
+        return self.prefill.past if known is None else known.rows
+
+    def report(self) -> PruneReport:
+        """The report of all stages so far."""
+        return PruneReport(
+            [
+                ImageReport(
+                    sample=image.sample,
+                    image=image.image,
+                    grid=image.grid,
+                    importance=next((one.importance for one in stages if one.importance is not None), None),
+                    kept=standing.kept,
+                    source=standing.source,
+                    sizes=standing.sizes,
+                    tokens_before=math.prod(image.grid),
+                    tokens_after=standing.kept.numel(),
+                    seconds=self._seconds,
+                    method=self.pruner.name,
+                    stages=tuple(stages),
+                )
+                for image, stages in zip(self.prefill.images, self._decided, strict=True)
+                for standing in [image.standing or untouched(len(image))]
+            ],
+            self._seconds,
+        )
+
+    def layer_arguments(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of a layer that reads `hidden` [B, K, D] in place of what the decoder was given."""
+        since = self.here.since
+        changed = dict(kwargs)
+        if since is not None:
+            rope, positions = kwargs.get("position_embeddings"), kwargs.get("position_ids")
+            if rope is not None:
+                changed["position_embeddings"] = tuple(gather_rotations(part, since) for part in rope)
+            if isinstance(positions, Tensor):
+                changed["position_ids"] = gather_columns(positions, since.to(positions.device))
+        changed["attention_mask"] = self._mask(layer, hidden, kwargs.get("attention_mask"))
+        return changed
+
+    def _mask(self, layer: int, hidden: Tensor, given: Any) -> Any:
+        known = logical(self.prefill.cache, layer)
+        history = () if known is None else known.history
+        first = logical(self.prefill.cache)
+        if self.here.since is None and history == (() if first is None else first.history):
+            return given  # it was made for this stretch and this past
+        if self._sliding and isinstance(given, Tensor) and given.ndim == 4:
+            key: Any = (id(given), len(self.stretches))
+            if key not in self._masks:
+                assert self.here.since is not None
+                self._masks[key] = gathered_masks({"layer": given}, self.here.since, hidden)["layer"]
+            return self._masks[key]
+        key = (history, len(self.stretches), hidden.device)
+        if key not in self._masks:
+            stored, here, past = self._stored_before(layer), self.here, self._past(layer)
+            rows = past.continued(stored, here.valid, here.bias, hidden.shape[:2], 0)
+            self._masks[key] = layer_mask(rows.valid, rows.bias, stored, hidden, self.backend)
+        return self._masks[key]
+
+    @property
+    def _sliding(self) -> bool:
+        return "sliding_attention" in (getattr(self.prefill.anatomy.decoder.config, "layer_types", None) or ())
+
+    def finish(self) -> None:
+        """Tell the cache what was stored in it."""
+        cache = self.prefill.cache
+        if cache is None or not self.shortened:
+            return
+        known: dict[Any, StoredRows] = {}
+        for layer in range(len(cache.layers)):
+            stretch = self._stretch_of(layer)
+            past = self._past(layer)
+            key = (id(past), stretch.first)
+            if key not in known:
+                stored = stored_length(cache, layer) - stretch.width
+                floor = stored + stretch.width - stretch.tail
+                if stretch.index is None:
+                    floor = past.floor
+                shape = (self.prefill.hidden.shape[0], stretch.width)
+                known[key] = past.continued(stored, stretch.valid, stretch.bias, shape, floor)
+            record_dropped(cache, layer, self.length - stretch.width, known[key], stretch.first)
+
+    def _stretch_of(self, layer: int) -> Stretch:
+        return [stretch for stretch in self.stretches if stretch.first <= layer][-1]
+
+    def lengthen(self, hidden: Tensor, layers: int) -> Tensor:
+        """A hidden state [B, K, D] that `layers` layers made (-1: all of them), at the caller's length [B, L, D]."""
+        made = self.here if layers < 0 else self._stretch_of(max(layers - 1, 0))
+        if made.width != hidden.shape[1]:  # recorded where the next layer reads it, a stage later
+            made = self._stretch_of(layers)
+        return hidden if made.index is None else restore_columns(hidden, made.index, self.length)
+
+
+def chained(first: Tensor | None, then: Tensor) -> Tensor:
+    """The columns [B, K2] among the columns [B, K1] of `first`, -1 = padding; None = all."""
+    if first is None:
+        return then
+    return torch.where(then >= 0, first.gather(1, then.clamp(min=0)), -1)
+
+
+def gather_rotations(part: Tensor, index: Tensor) -> Tensor:
+    """Cosines or sines [..., B or 1, L, D] for the columns `index` [B, K]."""
+    index = index.to(part.device).clamp(min=0)
+    lead = part.shape[:-3]
+    places = index[..., None].expand(*lead, *index.shape, part.shape[-1])
+    return part.expand(*lead, index.shape[0], *part.shape[-2:]).gather(-2, places)
+
+
+def untouched(tokens: int) -> Selection:
+    """The selection that keeps everything."""
+    return Selection.pure(torch.arange(tokens), tokens)
+
+
+def cache_layer_masks(cache: Any, layer: int, hidden: Tensor, backend: str) -> Any:
+    """The mask of one layer for `hidden` [B, Q, D] that follow what a pruned cache stores there."""
+    known = logical(cache, layer)
+    assert known is not None
+    stored = stored_length(cache, layer)
+    valid = known.rows.valid
+    return layer_mask(valid, known.rows.bias, stored, hidden, backend)
