@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vprune.errors import VPruneError
-from vprune.models.anatomy import Anatomy, carries_images, dissect, visual_kinds
-from vprune.models.cache import logical, of_one_kind, widened
-from vprune.models.masks import gathered_masks, prefill_mask, refuse_bias, stored_mask
-from vprune.models.prefill import read_prefill, restored, shortened_deepstack, with_cache
+from vprune.models.anatomy import Anatomy, carries_images, dissect, refuse_compiled, visual_kinds
+from vprune.models.cache import fixed_size, logical, of_one_kind, widened
+from vprune.models.masks import gathered_masks, layer_mask, prefill_mask, refuse_bias, stored_mask
+from vprune.models.prefill import callers_mask, read_prefill, restored, shortened_deepstack, with_cache
 from vprune.models.tower import TowerWatch
 from vprune.passage import Passage, cache_layer_masks
 from vprune.pruner import Pruner, Resize, load_method
@@ -71,7 +71,9 @@ class Pruning:
         self.pruner = pruner
         self.evidence: Sequence[Any] | None = None
         self.last: PruneReport | None = None
+        refuse_compiled(model)
         self._anatomy: Anatomy = dissect(model)
+        self._model = model
         scorer = pruner.scorer
         self._tower = TowerWatch(
             self._anatomy,
@@ -135,6 +137,8 @@ class Pruning:
         if self._attached:
             _PRUNED.discard(self._anatomy.base)
             self._attached = False
+            if logical(getattr(self._model, "_cache", None)) is not None:
+                del self._model._cache  # a static cache that `generate` keeps for its next call
         self._remove_hooks()
 
     def _remove_hooks(self) -> None:
@@ -191,8 +195,7 @@ class Pruning:
             self._watch_layers()
         if self._passage is None or not self._passage.shortened:
             # Earlier turns were pruned: the caller's mask is over tokens seen, not over rows stored.
-            inputs, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-            own = self._mask if isinstance(mask, dict) else mask
+            inputs, own = kwargs["inputs_embeds"], callers_mask(kwargs, self._mask)
             kwargs = {
                 **kwargs,
                 "attention_mask": stored_mask(cache, own, inputs, self._anatomy.backend, self._sliding),
@@ -201,8 +204,9 @@ class Pruning:
 
     def _begin(self, kwargs: dict[str, Any], visual: Tensor) -> dict[str, Any]:
         """Start the passage of this prefill; if it is shortened before layer 0, exchange the decoder's inputs."""
+        fits = fixed_size(kwargs.get("past_key_values"))
         finished = kwargs.get("attention_mask") if isinstance(kwargs.get("attention_mask"), dict) else None
-        read = kwargs if finished is None else {**kwargs, "attention_mask": self._mask}
+        read = {**kwargs, "attention_mask": callers_mask(kwargs, self._mask)}
         prefill = read_prefill(self._anatomy, read, visual, self._tower.images, self.evidence)
         self.evidence = None
         self._passage = passage = Passage(self.pruner, prefill, self._anatomy.backend)
@@ -212,19 +216,24 @@ class Pruning:
             self._watch_layers()
         if short is None:
             return kwargs
-        # Always a mask: without one, gaps between positions would read as several packed sequences.
-        masked: Any = finished and gathered_masks(finished, short.index, embeds)
         layer = logical(prefill.cache)
         valid = short.valid if short.padded else None
         rows = prefill.past.continued(prefill.stored, valid, short.bias, short.index.shape, 0)
-        masked = masked or prefill_mask(
-            widened(rows.valid, embeds.shape[0], prefill.stored + embeds.shape[1], True, embeds.device),
-            rows.bias,
-            layer.dropped if layer is not None else 0,
-            embeds,
-            self._anatomy.backend,
-            self._sliding,
-        )
+        masked: Any
+        if fits is not None:
+            masked = layer_mask(rows.valid, rows.bias, prefill.stored, embeds, self._anatomy.backend, fits)
+        elif finished is not None:
+            masked = gathered_masks(finished, short.index, embeds)
+        else:
+            # Always a mask: without one, gaps between positions would read as several packed sequences.
+            masked = prefill_mask(
+                widened(rows.valid, embeds.shape[0], prefill.stored + embeds.shape[1], True, embeds.device),
+                rows.bias,
+                layer.dropped if layer is not None else 0,
+                embeds,
+                self._anatomy.backend,
+                self._sliding,
+            )
         features = shortened_deepstack(kwargs, short.shorten)
         positions = passage.prefill.positions
         return {**kwargs, **features, "inputs_embeds": embeds, "position_ids": positions, "attention_mask": masked}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vprune.errors import VPruneError
-from vprune.models.cache import StoredRows, logical, record_dropped, stored_length
+from vprune.models.cache import LogicalStaticLayer, StoredRows, fixed_size, logical, record_dropped, stored_length
 from vprune.models.masks import gathered_masks, layer_mask
 from vprune.pruner import Pruner
 from vprune.records import ImageReport, Prefill, PruneReport, Selection, StageReport
@@ -212,7 +212,8 @@ class Passage:
         if key not in self._masks:
             stored, here, past = self._stored_before(layer), self.here, self._past(layer)
             rows = past.continued(stored, here.valid, here.bias, hidden.shape[:2], 0)
-            self._masks[key] = layer_mask(rows.valid, rows.bias, stored, hidden, self.backend)
+            fits = fixed_size(self.prefill.cache, layer)
+            self._masks[key] = layer_mask(rows.valid, rows.bias, stored, hidden, self.backend, fits)
         return self._masks[key]
 
     @property
@@ -273,6 +274,8 @@ def cache_layer_masks(cache: Any, layer: int, hidden: Tensor, backend: str) -> A
     """The mask of one layer for `hidden` [B, Q, D] that follow what a pruned cache stores there."""
     known = logical(cache, layer)
     assert known is not None
+    if isinstance(known, LogicalStaticLayer):
+        return known.static_mask(hidden.shape[1], backend, hidden.dtype)
     stored = stored_length(cache, layer)
     valid = known.rows.valid
     return layer_mask(valid, known.rows.bias, stored, hidden, backend)

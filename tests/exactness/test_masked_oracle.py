@@ -225,7 +225,7 @@ def test_masks_over_tokens_seen_serve_the_other_backends(
     tiny_vlm: Any, tiny_processor: Any, monkeypatch: pytest.MonkeyPatch, mode: str, kind: str
 ) -> None:
     """Flash and flex take the 2-D mask and the cache's offset; here the dense backend is made to take them too."""
-    monkeypatch.setattr("vprune.models.masks._DENSE_BACKENDS", ())
+    monkeypatch.setattr("vprune.models.masks.DENSE_BACKENDS", ())
     model = tiny_vlm(dtype=torch.float64)
     compare(model, batch(tiny_processor, kind, torch.float64), "attention", {"recycle": "grid"}, **MODES[mode])
 

@@ -93,6 +93,22 @@ def dissect(model: Any) -> Anatomy:
     return Anatomy(base, decoder, tower, ids, config)
 
 
+def refuse_compiled(model: Any) -> None:
+    """Refuse a model whose forward was compiled as a whole: its graph would go on without the hooks put on now.
+
+    Raises:
+        VPruneError: it was.
+    """
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    for part in parts:
+        compiled_forward = hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable")
+        if hasattr(part, "_orig_mod") or part._compiled_call_impl is not None or compiled_forward:
+            raise VPruneError(
+                f"{type(part).__name__} was compiled as a whole, and its graph would not see pruning: prune the model "
+                "as it was, and let generate(cache_implementation='static') compile the decoding steps"
+            )
+
+
 def carries_images(kwargs: Mapping[str, Any]) -> bool:
     """True when this forward brings images: a generated placeholder token alone is not visual."""
     encoded = kwargs.get("mm_encoder_outputs") or {}

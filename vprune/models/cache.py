@@ -122,6 +122,8 @@ class LogicalLayer:
         with self.physical():
             super().reset()  # type: ignore[misc]
         self.dropped, self.rows, self.history = 0, NOTHING_KNOWN, ()
+        if isinstance(self, LogicalStaticLayer):
+            self._dropped = torch.zeros_like(self._dropped)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
@@ -139,10 +141,57 @@ class LogicalLayer:
         self.rows = self.rows.reordered(indices)
 
 
+class LogicalStaticLayer(LogicalLayer):
+    """The same for layers of a fixed size: all that decoding asks for are tensors, so that its graph stays one."""
+
+    _dropped: Tensor  # int64 [], beside the library's own count of stored rows
+    max_cache_len: int
+    cumulative_length: Tensor
+    keys: Tensor
+
+    def fitting(self, rows: StoredRows) -> StoredRows:
+        """The same in one shape for every prompt, so that the graph of a decoding step serves the next prompt too."""
+        batch, fits, device = self.keys.shape[0], self.max_cache_len, self.keys.device
+        bias = None if rows.bias is None else widened(rows.bias, batch, fits, 0.0, device)
+        return StoredRows(widened(rows.valid, batch, fits, True, device), bias, rows.floor)
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+        """Tokens seen, a tensor []."""
+        stored: Any = super(LogicalLayer, self).get_seq_length(*args, **kwargs)  # type: ignore[misc]
+        return stored if self._physical or isinstance(stored, int) else stored + self._dropped
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """(rows that fit, 0): masks over them are built here, not by the library."""
+        return self.max_cache_len, 0
+
+    def static_mask(self, queries: int, backend: str, dtype: torch.dtype) -> Tensor:
+        """The mask [B, 1, queries, rows that fit] of the rows that are about to be stored."""
+        rows, start = self.rows, self.cumulative_length
+        assert rows.valid is not None
+        index = torch.arange(self.max_cache_len, device=rows.valid.device)
+        own = (torch.arange(queries, device=rows.valid.device) + start.reshape(()))[:, None]
+        allowed = (rows.valid[:, None, None] & (index <= own)) | (index == own)
+        if rows.bias is None and backend == "sdpa":
+            return allowed
+        shift = index.new_zeros((), dtype=dtype) if rows.bias is None else rows.bias[:, None, None].to(dtype)
+        return torch.where(allowed, shift, max(torch.finfo(dtype).min, torch.finfo(torch.float32).min))
+
+
+def is_static(cache: Any) -> bool:
+    """True for a cache whose layers have a fixed size."""
+    return any(getattr(layer, "is_compileable", False) for layer in getattr(cache, "layers", ()))
+
+
+def fixed_size(cache: Any, number: int = 0) -> int | None:
+    """How many rows layer `number` of a static cache has, None for a cache that grows."""
+    return int(cache.layers[number].max_cache_len) if is_static(cache) else None
+
+
 @memoise
 def _logical_class(own: type) -> type:
     # Without its own `_layer_type` the library does not register the class as the one to build caches from.
-    return type(f"Logical{own.__name__}", (LogicalLayer, own), {"_layer_type": None})
+    kind = LogicalStaticLayer if getattr(own, "is_compileable", False) else LogicalLayer
+    return type(f"Logical{own.__name__}", (kind, own), {"_layer_type": None})
 
 
 def logical(cache: Any, number: int = 0) -> LogicalLayer | None:
@@ -188,6 +237,9 @@ def record_dropped(cache: Any, number: int, dropped: int, rows: StoredRows, stag
     layer.dropped += dropped
     layer.rows = rows
     layer.history = (*layer.history, stage)
+    if isinstance(layer, LogicalStaticLayer):
+        layer.rows = layer.fitting(rows)
+        layer._dropped = torch.tensor(layer.dropped, device=layer.keys.device)
 
 
 def note_newest(cache: Any, newest: Tensor) -> None:
@@ -197,7 +249,8 @@ def note_newest(cache: Any, newest: Tensor) -> None:
         rows, key = layer.rows, id(layer.rows)
         if key not in known:
             stored = stored_length(cache, number)
-            known[key] = rows.continued(stored, newest, None, newest.shape, rows.floor)
+            after = rows.cropped(stored).continued(stored, newest, None, newest.shape, rows.floor)
+            known[key] = layer.fitting(after) if isinstance(layer, LogicalStaticLayer) else after
         layer.rows = known[key]
 
 

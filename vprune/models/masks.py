@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from vprune.errors import VPruneError
-from vprune.models.cache import logical, note_newest, stored_length, widened
+from vprune.models.cache import LogicalStaticLayer, logical, note_newest, stored_length, widened
 
-_DENSE_BACKENDS = ("eager", "sdpa")
-_ADDITIVE_BACKENDS = (*_DENSE_BACKENDS, "flex_attention")
+DENSE_BACKENDS = ("eager", "sdpa")
+_ADDITIVE_BACKENDS = (*DENSE_BACKENDS, "flex_attention")
 
 
 def attention_mask_4d(valid: Tensor, bias: Tensor | None, queries: int, backend: str, dtype: torch.dtype) -> Tensor:
@@ -27,8 +27,12 @@ def attention_mask_4d(valid: Tensor, bias: Tensor | None, queries: int, backend:
     if bias is None and backend == "sdpa":
         return allowed
     shift = torch.zeros((), dtype=dtype, device=valid.device) if bias is None else bias[:, None, None].to(dtype)
+    return torch.where(allowed, shift, _least(dtype))
+
+
+def _least(dtype: torch.dtype) -> float:
     # Attention in float64 may take its softmax in float32, where the least float64 would be minus infinity.
-    return torch.where(allowed, shift, max(torch.finfo(dtype).min, torch.finfo(torch.float32).min))
+    return max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
 
 
 def new_rows_valid(mask: Any, queries: int, device: torch.device) -> Tensor | None:
@@ -45,13 +49,26 @@ def new_rows_valid(mask: Any, queries: int, device: torch.device) -> Tensor | No
     raise VPruneError(f"attention_mask of {shape}: pruning needs the 2-D mask [batch, length] of the prompt, or none")
 
 
+def padding_mask(mask: Any, seen: int) -> Tensor | None:
+    """The 2-D mask [B, `seen`] that a finished mask over a static cache was made of, None if there is none.
+
+    (`generate` finishes masks itself for such caches; the last query sees all that is no padding.)
+    """
+    if isinstance(mask, dict):
+        mask = next(iter(mask.values()))
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        return mask if isinstance(mask, Tensor) else None
+    last = mask[:, 0, -1, :seen]
+    return last if mask.dtype == torch.bool else last == 0
+
+
 def stored_mask(cache: Any, mask: Any, inputs: Tensor, backend: str, sliding: bool) -> Tensor | None:
     """The mask for `inputs` [B, Q, D] that are about to follow the rows of a pruned `cache`; `mask` is the caller's.
 
     None when one query sees every row and none is merged; 4-D for the dense backends; else the 2-D mask over all tokens
     seen, whose last columns are the rows stored (the contract of sliding windows).
     """
-    layer, stored = logical(cache), stored_length(cache)
+    layer = logical(cache)
     assert layer is not None
     batch, queries = inputs.shape[:2]
     # A single new token always sees itself: its own column of the mask carries no news. More of them may hold padding,
@@ -59,7 +76,9 @@ def stored_mask(cache: Any, mask: Any, inputs: Tensor, backend: str, sliding: bo
     newest = None if queries == 1 else new_rows_valid(mask, queries, inputs.device)
     if newest is not None:
         note_newest(cache, newest)
-    rows = layer.rows
+    if isinstance(layer, LogicalStaticLayer):
+        return layer.static_mask(queries, backend, inputs.dtype)
+    rows, stored = layer.rows, stored_length(cache)
     if rows.valid is None and rows.bias is None and queries == 1:
         return None
     valid = widened(rows.valid, batch, stored + queries, True, inputs.device)
@@ -67,13 +86,21 @@ def stored_mask(cache: Any, mask: Any, inputs: Tensor, backend: str, sliding: bo
 
 
 def layer_mask(
-    valid: Tensor | None, bias: Tensor | None, stored: int, inputs: Tensor, backend: str
+    valid: Tensor | None, bias: Tensor | None, stored: int, inputs: Tensor, backend: str, fits: int | None = None
 ) -> Tensor | Any | None:
     """The finished mask of a single layer, for `inputs` [B, Q, D] that follow `stored` rows; None where none is needed.
 
     `valid` bool and `bias` float32 [B, V] tell of the first V of the `stored` + Q rows; None: all valid, none merged.
+    `fits`: the rows of a layer of fixed size, None for one that grows.
     """
     batch, queries = inputs.shape[:2]
+    if fits is not None:
+        seen = widened(valid, batch, stored + queries, True, inputs.device)
+        if bias is not None:
+            bias = widened(bias, batch, stored + queries, 0.0, inputs.device)
+        dense = attention_mask_4d(seen, bias, queries, backend, inputs.dtype)
+        hidden = False if dense.dtype == torch.bool else _least(dense.dtype)
+        return torch.nn.functional.pad(dense, (0, fits - dense.shape[-1]), value=hidden)
     if bias is None and valid is None and (queries == 1 or "flash" in backend or (backend == "sdpa" and not stored)):
         return None
     seen = widened(valid, batch, stored + queries, True, inputs.device)
@@ -122,7 +149,7 @@ def finished_mask(
     if bias is not None:
         refuse_bias(backend, sliding)
         bias = widened(bias, valid.shape[0], valid.shape[1], 0.0, inputs.device)
-    if bias is not None or (backend in _DENSE_BACKENDS and not sliding):
+    if bias is not None or (backend in DENSE_BACKENDS and not sliding):
         return attention_mask_4d(valid, bias, queries, backend, inputs.dtype)
     return _over_tokens_seen(valid, dropped)
 

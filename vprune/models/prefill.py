@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy, newline_places, visual_layout
-from vprune.models.cache import NOTHING_KNOWN, StoredRows, logical, stored_length
-from vprune.models.masks import new_rows_valid
+from vprune.models.cache import NOTHING_KNOWN, StoredRows, is_static, logical, stored_length
+from vprune.models.masks import DENSE_BACKENDS, new_rows_valid, padding_mask
 from vprune.records import Prefill, TowerImage
 
 
@@ -20,17 +20,38 @@ def with_cache(anatomy: Anatomy, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The decoder's arguments with the cache that it would otherwise make for itself, out of our sight.
 
     Raises:
-        VPruneError: a static cache, which cannot hold fewer rows than it has seen.
+        VPruneError: a static cache with sliding windows, or for an attention backend whose masks are not built here.
     """
     config: Any = anatomy.decoder.config
-    cache, wanted = kwargs.get("past_key_values"), kwargs.get("use_cache")
+    cache: Any = kwargs.get("past_key_values")
+    wanted = kwargs.get("use_cache")
     if cache is None and (wanted or (wanted is None and getattr(config, "use_cache", False))):
         from transformers import DynamicCache
 
         return {**kwargs, "past_key_values": DynamicCache(config=config)}
-    if any(getattr(layer, "is_compileable", False) for layer in getattr(cache, "layers", ())):
-        raise VPruneError("a static cache cannot be pruned: leave cache_implementation at its default, 'dynamic'")
+    if is_static(cache):
+        if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+            raise VPruneError(
+                "a static cache with sliding-window layers cannot be pruned: "
+                "leave cache_implementation at its default, 'dynamic'"
+            )
+        if anatomy.backend not in DENSE_BACKENDS:
+            raise VPruneError(
+                f"a static cache cannot be pruned with attention implementation {anatomy.backend!r}: "
+                f"use one of {', '.join(DENSE_BACKENDS)}, or leave cache_implementation at its default, 'dynamic'"
+            )
     return kwargs
+
+
+def callers_mask(kwargs: dict[str, Any], given_to_model: Tensor | None) -> Any:
+    """The mask of the prompt as the caller passed it, [B, length] or None, whatever was made of it since."""
+    cache: Any = kwargs.get("past_key_values")
+    mask, queries = kwargs.get("attention_mask"), kwargs["inputs_embeds"].shape[1]
+    if given_to_model is not None and given_to_model.ndim == 2 and (isinstance(mask, dict) or is_static(cache)):
+        return given_to_model
+    if queries > 1 and is_static(cache) and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        return padding_mask(mask, int(cache.get_seq_length()) + queries)
+    return given_to_model if isinstance(mask, dict) and not is_static(cache) else mask
 
 
 def read_prefill(

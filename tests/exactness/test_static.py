@@ -1,0 +1,140 @@
+"""Caches of a fixed size, and decoding steps compiled into one graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import vprune
+from tests.conftest import build_model
+from tests.exactness.families import FAMILIES, IMAGE, VIDEO, batch, build
+from tests.exactness.prompts import batch as prompts
+
+SIZES: dict[str, Any] = {"recycle": "grid", "cells": 4, "size_aware": True}
+STAGES: dict[str, Any] = {"stages": [[0, 0.6], [2, 0.3]]}
+WITHOUT_WINDOWS = [family for family in FAMILIES if family != "gemma3"]
+ONE_GRAPH: dict[str, Any] = {"backend": "eager", "fullgraph": True, "mode": None}
+
+
+def said(model: Any, inputs: dict[str, Any], static: bool, **options: Any) -> Any:
+    more = {"cache_implementation": "static", "disable_compile": True} if static else {}
+    return model.generate(
+        **inputs,
+        max_new_tokens=6,
+        do_sample=False,
+        suppress_tokens=[IMAGE, VIDEO],
+        output_logits=True,
+        return_dict_in_generate=True,
+        **{**more, **options},
+    )
+
+
+@pytest.mark.parametrize("kind", ["padded", "mixed"])
+@pytest.mark.parametrize("options", [{}, SIZES, STAGES, {**SIZES, **STAGES}], ids=["plain", "sizes", "stages", "both"])
+@pytest.mark.parametrize("family", WITHOUT_WINDOWS)
+def test_a_static_cache_gives_what_a_growing_one_gives(family: str, options: dict[str, Any], kind: str) -> None:
+    model, inputs = build(family, torch.float64), batch(family, kind, torch.float64)
+    with vprune.prune(model, "attention", **{"keep": 0.3, **options}):
+        grown, fixed = said(model, inputs, False), said(model, inputs, True)
+    full = said(model, inputs, True)
+    assert torch.equal(grown.sequences, fixed.sequences)
+    for one, other in zip(grown.logits, fixed.logits, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert float((full.logits[0] - fixed.logits[0]).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("family", WITHOUT_WINDOWS)
+def test_keeping_all_is_the_unhooked_model(family: str) -> None:
+    model, inputs = build(family, torch.float32), batch(family, "padded", torch.float32)
+    plain = said(model, inputs, True)
+    with vprune.prune(model, "attention", keep=1.0):
+        kept = said(model, inputs, True)
+    assert all(torch.equal(a, b) for a, b in zip(plain.logits, kept.logits, strict=True))
+
+
+def test_windows_and_flash_are_refused(tiny_processor: Any) -> None:
+    model, inputs = build("gemma3", torch.float32), batch("gemma3", "padded", torch.float32)
+    with vprune.prune(model, "uniform"), pytest.raises(vprune.VPruneError, match="sliding-window"):
+        said(model, inputs, True)
+
+
+@pytest.mark.parametrize("options", [{}, SIZES, STAGES], ids=["plain", "sizes", "stages"])
+@pytest.mark.parametrize("kind", ["single", "padded"])
+def test_decoding_steps_are_one_graph_for_every_prompt(tiny_processor: Any, kind: str, options: dict[str, Any]) -> None:
+    from transformers import CompileConfig
+
+    torch._dynamo.reset()
+    model = build_model(dtype=torch.float64)
+    inputs = prompts(tiny_processor, kind, torch.float64)
+    compiled = CompileConfig(**ONE_GRAPH)
+    compiled._compile_all_devices = True
+    more = {"cache_implementation": "static", "compile_config": compiled, "disable_compile": False}
+    with vprune.prune(model, "attention", **{"keep": 0.3, **options}):
+        plain = said(model, inputs, False)
+        torch._dynamo.utils.counters.clear()
+        first = said(model, inputs, False, **more)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        second = said(model, {**inputs, "pixel_values": inputs["pixel_values"].flip(-1)}, False, **more)
+        again = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert torch.equal(plain.sequences, first.sequences) and not torch.equal(first.logits[0], second.logits[0])
+    assert graphs >= 1 and again == graphs and not torch._dynamo.utils.counters["graph_break"]
+    assert not hasattr(model, "_cache") or type(model._cache.layers[0]).__name__ == "StaticLayer"
+
+
+def test_steps_compiled_before_are_compiled_anew(tiny_processor: Any) -> None:
+    """A graph made without hooks must not serve a pruned cache, nor one made with them an unpruned cache."""
+    from transformers import CompileConfig
+
+    torch._dynamo.reset()
+    model, inputs = build_model(), prompts(tiny_processor, "padded")
+    compiled = CompileConfig(**ONE_GRAPH)
+    compiled._compile_all_devices = True
+    more = {"cache_implementation": "static", "compile_config": compiled, "disable_compile": False}
+    plain = said(model, inputs, False, **more)
+    with vprune.prune(model, "attention", keep=0.3):
+        slow = said(model, inputs, False)
+        pruned = said(model, inputs, False, **more)
+    after = said(model, inputs, False, **more)
+    assert torch.equal(slow.sequences, pruned.sequences)
+    torch.testing.assert_close(torch.stack(slow.logits), torch.stack(pruned.logits), rtol=0, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(plain.logits, after.logits, strict=True))
+
+
+def test_a_model_compiled_as_a_whole_is_refused() -> None:
+    for spoil in (
+        lambda model: model.compile(backend="eager"),
+        lambda model: setattr(model, "forward", torch.compile(model.forward, backend="eager")),
+        lambda model: model.get_decoder().compile(backend="eager"),
+    ):
+        model = build_model()
+        spoil(model)
+        with pytest.raises(vprune.VPruneError, match="compiled as a whole"):
+            vprune.prune(model)
+    with pytest.raises(vprune.VPruneError, match="compiled as a whole"):
+        vprune.prune(torch.compile(build_model(), backend="eager"))
+
+
+@pytest.mark.parametrize("options", [{}, SIZES], ids=["plain", "sizes"])
+def test_a_second_turn_on_a_static_cache(tiny_vlm: Any, tiny_processor: Any, options: dict[str, Any]) -> None:
+    from transformers import DynamicCache, StaticCache
+
+    model, inputs = tiny_vlm(dtype=torch.float64), prompts(tiny_processor, "padded", torch.float64)
+    config = model.config.get_text_config()
+    answers = []
+    for cache in (DynamicCache(config=config), StaticCache(config=config, max_cache_len=160)):
+        with torch.no_grad(), vprune.prune(model, "attention", keep=0.3, **options):
+            model(**inputs, past_key_values=cache)
+            seen = int(cache.get_seq_length())
+            assert seen == inputs["input_ids"].shape[1]
+            mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=1)
+            mask[0, seen] = 0  # padding before the shorter question
+            more = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1)[:, -3:]}
+            ids = torch.tensor([[0, 8, 9], [7, 8, 9]])
+            answers.append(model(input_ids=ids, past_key_values=cache, **more).logits[:, 1:])
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            more = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1)[:, -1:]}
+            answers.append(model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache, **more).logits)
+    torch.testing.assert_close(answers[0], answers[2], rtol=0, atol=1e-10)
+    torch.testing.assert_close(answers[1], answers[3], rtol=0, atol=1e-10)
