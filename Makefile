@@ -1,6 +1,7 @@
 # make demo       install, evaluate pruning on the embedded model, print the table, write a page with pictures
 # make test       install, run the fast tests offline
 # make test-slow  the tests that need minutes
+# make test-matrix  the tests with every transformers version of MATRIX; one alone: make test-matrix-5.12.0
 # make lint       ruff and mypy --strict
 # make build      wheel and sdist into dist/
 
@@ -10,13 +11,19 @@ OUT    ?= runs/demo
 LIMIT  ?= 150
 KEEP   ?= 0.5,0.25,0.1,0.05
 
+# Versions of transformers (`newest`: what pip resolves now), and what is run with each. TORCH=2.11.0 make test-matrix
+# puts that torch into the overlays too (some 5 GB each); without it, torch is the one in .venv.
+MATRIX ?= 5.12.0 5.17.0 newest
+TORCH  ?=
+PYTEST_ARGS ?= tests/exactness tests/kernels
+
 BIN    := .venv/bin
 STAMP  := .venv/installed
 PIP_INSTALL = $(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check
 # One thread a worker for tests; nothing here needs the network once the packages are in.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-slow lint format build clean help
+.PHONY: demo test test-slow test-matrix lint format build clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -41,6 +48,28 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(OFFLINE) $(BIN)/python -m pytest -m slow
+
+test-matrix: $(addprefix test-matrix-,$(MATRIX))
+
+# Run side by side (`make -j`, or one a job of a CI system): every version has a folder of its own.
+test-matrix-%: .matrix/%$(if $(TORCH),-torch$(TORCH))/installed
+	@PYTHONPATH=$(<D) $(BIN)/python -c 'import sys, torch, transformers; from pathlib import Path; \
+	got, asked = transformers.__version__, "$*"; print("transformers", got, "torch", torch.__version__, flush=True); \
+	here = Path(transformers.__file__).is_relative_to(Path("$(<D)").resolve()); \
+	torched = not "$(TORCH)" or torch.__version__.split("+")[0] == "$(TORCH)"; \
+	sys.exit(0 if here and torched and asked in (got, "newest") else f"asked for transformers {asked} torch $(TORCH)")'
+	$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=$(<D) $(BIN)/python -m pytest -n 2 --dist loadgroup -p no:cacheprovider $(PYTEST_ARGS)
+
+# What transformers asks for is read from its own metadata, less what .venv shares with every version (torch and numpy).
+.PRECIOUS: .matrix/%/installed
+.matrix/%/installed: $(STAMP)
+	@rm -rf $(@D) && mkdir -p $(@D)
+	@$(PIP_INSTALL) --target $(@D) --no-deps $(if $(filter newest%,$*),transformers,transformers==$(firstword $(subst -torch, ,$*)))
+	@PYTHONPATH=$(@D) $(BIN)/python -c 'from importlib.metadata import requires; \
+	print("\n".join(one.split(";")[0].strip() for one in requires("transformers") \
+	if "extra ==" not in one and not one.startswith(("numpy", "torch"))))' > $(@D)/needs.txt
+	@$(PIP_INSTALL) --target $(@D) --upgrade $(if $(TORCH),torch==$(TORCH) torchvision) -r $(@D)/needs.txt
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

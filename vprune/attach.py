@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy, carries_images, dissect, refuse_compiled, visual_kinds
 from vprune.models.cache import fixed_size, logical, of_one_kind, widened
-from vprune.models.masks import gathered_masks, layer_mask, prefill_mask, refuse_bias, stored_mask
-from vprune.models.prefill import callers_mask, read_prefill, restored, shortened_deepstack, with_cache
+from vprune.models.masks import layer_mask, prefill_mask, refuse_bias, refuse_windows, stored_mask
+from vprune.models.prefill import callers_mask, masks_of_model, read_prefill, restored, shortened_deepstack, with_cache
 from vprune.models.tower import TowerWatch
 from vprune.passage import Passage, cache_layer_masks
 from vprune.pruner import Pruner, Resize, load_method
@@ -114,7 +114,9 @@ class Pruning:
                 raise VPruneError(f"stages: layer {layer}: the decoder has layers 0 to {len(self._anatomy.layers) - 1}")
         if self.pruner.hooked:
             if self.pruner.size_aware:
-                refuse_bias(self._anatomy.backend, self._sliding)
+                refuse_bias(self._anatomy.backend)
+            if self._anatomy.has_windows:
+                refuse_windows(self._anatomy.backend)
             try:
                 self._handles = self._tower.attach()
                 self._handles += [
@@ -147,10 +149,6 @@ class Pruning:
         self._handles, self._layers_watched = [], False
         self._forget()
         self._tower.forget()
-
-    @property
-    def _sliding(self) -> bool:
-        return "sliding_attention" in (getattr(self._anatomy.decoder.config, "layer_types", None) or ())
 
     def _forget(self) -> None:
         self._visual = self._mask = self._passage = None
@@ -191,28 +189,25 @@ class Pruning:
         cache = kwargs.get("past_key_values")
         if logical(cache) is None:
             return args, kwargs
-        if not of_one_kind(cache):
+        if self._anatomy.has_windows or not of_one_kind(cache):
             self._watch_layers()
         if self._passage is None or not self._passage.shortened:
             # Earlier turns were pruned: the caller's mask is over tokens seen, not over rows stored.
             inputs, own = kwargs["inputs_embeds"], callers_mask(kwargs, self._mask)
-            kwargs = {
-                **kwargs,
-                "attention_mask": stored_mask(cache, own, inputs, self._anatomy.backend, self._sliding),
-            }
+            kwargs = {**kwargs, "attention_mask": stored_mask(cache, own, inputs, self._anatomy.backend)}
         return args, kwargs
 
     def _begin(self, kwargs: dict[str, Any], visual: Tensor) -> dict[str, Any]:
         """Start the passage of this prefill; if it is shortened before layer 0, exchange the decoder's inputs."""
         fits = fixed_size(kwargs.get("past_key_values"))
-        finished = kwargs.get("attention_mask") if isinstance(kwargs.get("attention_mask"), dict) else None
+        own_masks = masks_of_model(kwargs, self._mask)
         read = {**kwargs, "attention_mask": callers_mask(kwargs, self._mask)}
         prefill = read_prefill(self._anatomy, read, visual, self._tower.images, self.evidence)
         self.evidence = None
-        self._passage = passage = Passage(self.pruner, prefill, self._anatomy.backend)
+        self._passage = passage = Passage(self.pruner, prefill, own_masks)
         embeds, short = passage.enter(0, prefill.hidden)
         self.last = passage.report()
-        if not passage.ends_at_once:
+        if not passage.ends_at_once or (short is not None and passage.masks_every_layer):
             self._watch_layers()
         if short is None:
             return kwargs
@@ -220,10 +215,10 @@ class Pruning:
         valid = short.valid if short.padded else None
         rows = prefill.past.continued(prefill.stored, valid, short.bias, short.index.shape, 0)
         masked: Any
-        if fits is not None:
-            masked = layer_mask(rows.valid, rows.bias, prefill.stored, embeds, self._anatomy.backend, fits)
-        elif finished is not None:
-            masked = gathered_masks(finished, short.index, embeds)
+        if passage.masks_every_layer:
+            masked = kwargs["attention_mask"]  # each layer gets its own instead
+        elif fits is not None:
+            masked = layer_mask(rows, prefill.stored, embeds, self._anatomy.backend, fits)
         else:
             # Always a mask: without one, gaps between positions would read as several packed sequences.
             masked = prefill_mask(
@@ -232,7 +227,6 @@ class Pruning:
                 layer.dropped if layer is not None else 0,
                 embeds,
                 self._anatomy.backend,
-                self._sliding,
             )
         features = shortened_deepstack(kwargs, short.shorten)
         positions = passage.prefill.positions
@@ -256,11 +250,13 @@ class Pruning:
             kwargs = passage.layer_arguments(number, hidden, kwargs)
         elif (known := logical(kwargs.get("past_key_values"), number)) is not None:
             cache: Any = kwargs["past_key_values"]
-            if known.history != cache.layers[0].history:
-                if known.history not in self._layer_masks:
+            if self._anatomy.has_windows or known.history != cache.layers[0].history:
+                window = self._anatomy.window_of(number)
+                key = (known.history, window, hidden.device)
+                if key not in self._layer_masks:
                     backend = self._anatomy.backend
-                    self._layer_masks[known.history] = cache_layer_masks(cache, number, hidden, backend)
-                kwargs = {**kwargs, "attention_mask": self._layer_masks[known.history]}
+                    self._layer_masks[key] = cache_layer_masks(cache, number, hidden, backend, window)
+                kwargs = {**kwargs, "attention_mask": self._layer_masks[key]}
         if "flash" in self._anatomy.backend and kwargs.get("position_ids") is not None:
             # Flash attention reads gaps between position ids as borders of packed sequences; rotations are computed
             # already.

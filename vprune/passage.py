@@ -11,8 +11,16 @@ import torch
 from torch import Tensor
 
 from vprune.errors import VPruneError
-from vprune.models.cache import LogicalStaticLayer, StoredRows, fixed_size, logical, record_dropped, stored_length
-from vprune.models.masks import gathered_masks, layer_mask
+from vprune.models.cache import (
+    LogicalStaticLayer,
+    StoredRows,
+    fixed_size,
+    is_static,
+    logical,
+    record_dropped,
+    stored_length,
+)
+from vprune.models.masks import Sight, layer_mask, seen_among
 from vprune.pruner import Pruner
 from vprune.records import ImageReport, Prefill, PruneReport, Selection, StageReport
 from vprune.shortening import Shortening, gather_columns, restore_columns, shorten_batch
@@ -43,9 +51,11 @@ class Passage:
         VPruneError: a stage that this model cannot have, or whatever the method refuses.
     """
 
-    def __init__(self, pruner: Pruner, prefill: Prefill, backend: str) -> None:
-        self.pruner, self.prefill, self.backend = pruner, prefill, backend
+    def __init__(self, pruner: Pruner, prefill: Prefill, own_masks: dict[str, Any] | None) -> None:
+        self.pruner, self.prefill, self.own_masks = pruner, prefill, own_masks
+        self.anatomy, self.backend = prefill.anatomy, prefill.anatomy.backend
         self.length = prefill.hidden.shape[1]
+        self.seen = int(prefill.cache.get_seq_length()) if prefill.cache is not None else 0
         padded = not bool(prefill.valid.all())
         valid = prefill.valid if padded else None
         self.stretches = [Stretch(0, self.length, None, None, valid, None, self.length)]
@@ -196,29 +206,45 @@ class Passage:
         changed["attention_mask"] = self._mask(layer, hidden, kwargs.get("attention_mask"))
         return changed
 
+    @property
+    def masks_every_layer(self) -> bool:
+        """True when no single mask serves all layers, or the model has laid its own down."""
+        return self.own_masks is not None or self.anatomy.has_windows
+
     def _mask(self, layer: int, hidden: Tensor, given: Any) -> Any:
         known = logical(self.prefill.cache, layer)
         history = () if known is None else known.history
         first = logical(self.prefill.cache)
-        if self.here.since is None and history == (() if first is None else first.history):
+        as_first = self.here.since is None and history == (() if first is None else first.history)
+        if as_first and not (self.masks_every_layer and self.shortened):
             return given  # it was made for this stretch and this past
-        if self._sliding and isinstance(given, Tensor) and given.ndim == 4:
-            key: Any = (id(given), len(self.stretches))
-            if key not in self._masks:
-                assert self.here.since is not None
-                self._masks[key] = gathered_masks({"layer": given}, self.here.since, hidden)["layer"]
-            return self._masks[key]
-        key = (history, len(self.stretches), hidden.device)
+        kind = self.anatomy.kind_of(layer)
+        key = (history, len(self.stretches), kind, hidden.device)
         if key not in self._masks:
             stored, here, past = self._stored_before(layer), self.here, self._past(layer)
             rows = past.continued(stored, here.valid, here.bias, hidden.shape[:2], 0)
             fits = fixed_size(self.prefill.cache, layer)
-            self._masks[key] = layer_mask(rows.valid, rows.bias, stored, hidden, self.backend, fits)
+            self._masks[key] = layer_mask(rows, stored, hidden, self.backend, fits, self._sight(layer, stored, hidden))
         return self._masks[key]
 
-    @property
-    def _sliding(self) -> bool:
-        return "sliding_attention" in (getattr(self.prefill.anatomy.decoder.config, "layer_types", None) or ())
+    def _sight(self, layer: int, stored: int, hidden: Tensor) -> Sight:
+        own, window, kind = self.own_masks, self.anatomy.window_of(layer), self.anatomy.kind_of(layer)
+        columns = None if window is None else self._columns(layer, stored, self.here).to(hidden.device)
+        given = None if own is None else own.get(kind, own.get("all"))
+        if given is None:  # plainly causal
+            return Sight(window, columns)
+        start = self.seen if is_static(self.prefill.cache) else None
+        among = seen_among(given, self.here.index, self.length, start)
+        return Sight(window, columns, among.to(hidden.device))
+
+    def _columns(self, layer: int, stored: int, stretch: Stretch) -> Tensor:
+        """Where the rows stored before this prefill and those of it stood among all tokens seen, [B, S + K]."""
+        batch, device, index = *self.prefill.hidden.shape[:1], self.prefill.hidden.device, stretch.index
+        known = logical(self.prefill.cache, layer)
+        dropped = 0 if known is None else known.dropped
+        past = self._past(layer).columns_of(batch, stored, dropped, device)
+        new = torch.arange(self.length, device=device).expand(batch, -1) if index is None else index.clamp(min=0)
+        return torch.cat([past, new.to(device) + self.seen], 1)
 
     def finish(self) -> None:
         """Tell the cache what was stored in it."""
@@ -236,7 +262,10 @@ class Passage:
                 if stretch.index is None:
                     floor = past.floor
                 shape = (self.prefill.hidden.shape[0], stretch.width)
-                known[key] = past.continued(stored, stretch.valid, stretch.bias, shape, floor)
+                rows = past.continued(stored, stretch.valid, stretch.bias, shape, floor)
+                if self.anatomy.has_windows:
+                    rows = replace(rows, columns=self._columns(layer, stored, stretch))
+                known[key] = rows
             record_dropped(cache, layer, self.length - stretch.width, known[key], stretch.first)
 
     def _stretch_of(self, layer: int) -> Stretch:
@@ -270,12 +299,14 @@ def untouched(tokens: int) -> Selection:
     return Selection.pure(torch.arange(tokens), tokens)
 
 
-def cache_layer_masks(cache: Any, layer: int, hidden: Tensor, backend: str) -> Any:
+def cache_layer_masks(cache: Any, layer: int, hidden: Tensor, backend: str, window: int | None) -> Any:
     """The mask of one layer for `hidden` [B, Q, D] that follow what a pruned cache stores there."""
     known = logical(cache, layer)
     assert known is not None
     if isinstance(known, LogicalStaticLayer):
         return known.static_mask(hidden.shape[1], backend, hidden.dtype)
-    stored = stored_length(cache, layer)
-    valid = known.rows.valid
-    return layer_mask(valid, known.rows.bias, stored, hidden, backend)
+    stored, (batch, queries) = stored_length(cache, layer), hidden.shape[:2]
+    columns = None
+    if window is not None:
+        columns = known.rows.columns_of(batch, stored + queries, known.dropped, hidden.device)
+    return layer_mask(known.rows, stored, hidden, backend, sight=Sight(window, columns))

@@ -3,7 +3,8 @@ make."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -200,82 +201,108 @@ def build(family: str, dtype: torch.dtype, attention: str = "sdpa") -> Any:
     return model.to(dtype).eval()
 
 
-def batch(family: str, kind: str, dtype: torch.dtype, video: bool = False) -> dict[str, Tensor]:
-    """A left-padded batch; families of fixed size see every picture as one 32 x 32 tile."""
+@dataclass(frozen=True)
+class Layout:
+    """What the rows of a batch hold: sizes of their pictures; more words before these and after, row by row; columns of
+    padding on the left of all rows; frames of a video (0: as many as the family's tests have)."""
+
+    sizes: Sequence[Sequence[tuple[int, int]]]
+    before: Sequence[int] = ()
+    after: Sequence[int] = ()
+    padding: int = 0
+    frames: int = 0
+
+    def padded(self, pictures: Sequence[Sequence[Sequence[int]]]) -> dict[str, Tensor]:
+        """Ids and mask of rows whose pictures, one list of ids each, stand between words."""
+        rows = []
+        for number, parts in enumerate(pictures):
+            more = [[*range(40, 40 + given[number])] if given else [] for given in (self.before, self.after)]
+            row = [1, 10 + number, 11, *more[0], *(token for part in parts for token in part)]
+            rows.append([*row, *more[1], *[20 + number, 21, 22][: None if number else -1]])
+        width = max(map(len, rows)) + self.padding
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+        return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def batch(family: str, kind: str | Layout, dtype: torch.dtype, video: bool = False) -> dict[str, Tensor]:
+    """A left-padded batch; families of fixed size see a picture as one 32 x 32 tile, InternVL large ones as several."""
     draw = torch.Generator().manual_seed(3)
     if family in LINED:
         return lined_batch(kind, dtype, video, build(family, dtype))
-    rows, pixels, grids = [], [], []
-    for number, sizes in enumerate(KINDS[kind]):
-        row = [1, 10 + number, 11]
+    layout = kind if isinstance(kind, Layout) else Layout(KINDS[kind])
+    rows: list[list[list[int]]] = []
+    pixels, grids = [], []
+    visual, frames = (VIDEO, layout.frames or 2) if video else (IMAGE, 1)
+    for sizes in layout.sizes:
+        rows.append([])
         for h, w in sizes:
             tokens = 16
             if family in QWEN:
-                grid = (2 if video else 1, h // 4, w // 4)
+                grid = (frames, h // 4, w // 4)
                 grids.append(grid)
                 patches = grid[0] * grid[1] * grid[2]
                 pixels.append(torch.randn(patches, 3 * 2 * 4 * 4, generator=draw))
                 tokens = patches // 4
             else:
-                pixels.append(torch.randn(3, 32, 32, generator=draw))
-            visual = VIDEO if video else IMAGE
+                tiles = max(1, h // 32) * max(1, w // 32) if family == "internvl" else 1
+                pixels += [torch.randn(3, 32, 32, generator=draw) for _ in range(tiles)]
+                tokens *= tiles
             if video and family == "qwen3_vl":  # a run of its own for every frame
-                row += [12, START, *[visual] * (tokens // 2), END, 13, START, *[visual] * (tokens // 2), END, 14]
+                run = [START, *[visual] * (tokens // frames), END]
+                rows[-1].append([*(token for n in range(frames) for token in (12 + n, *run)), 14])
             else:
-                row += [START, *[visual] * tokens, END, 15]
-        rows.append([*row, 20 + number, 21, 22][: None if number else -1])
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+                rows[-1].append([START, *[visual] * tokens, END, 15])
+    inputs = layout.padded(rows)
+    ids = inputs["input_ids"]
     if family in QWEN:
         inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+    if family == "gemma3":
+        inputs["token_type_ids"] = (ids == IMAGE).long()
+    if not pixels:
+        return inputs
+    if family in QWEN:
         inputs["pixel_values_videos" if video else "pixel_values"] = torch.cat(pixels).to(dtype)
         inputs["video_grid_thw" if video else "image_grid_thw"] = torch.tensor(grids)
     elif family in ("idefics3", "smolvlm"):
-        most = max(len(sizes) for sizes in KINDS[kind])
+        most = max(len(sizes) for sizes in layout.sizes)
         stacked, place = torch.zeros(len(rows), most, 3, 32, 32), iter(pixels)
-        for number, sizes in enumerate(KINDS[kind]):
+        for number, sizes in enumerate(layout.sizes):
             for image in range(len(sizes)):
                 stacked[number, image] = next(place)
         inputs["pixel_values"] = stacked.to(dtype)
     else:
         inputs["pixel_values"] = torch.stack(pixels).to(dtype)
-    if family == "gemma3":
-        inputs["token_type_ids"] = (ids == IMAGE).long()
     return inputs
 
 
-def lined_batch(kind: str, dtype: torch.dtype, video: bool, model: Any) -> dict[str, Tensor]:
+def lined_batch(kind: str | Layout, dtype: torch.dtype, video: bool, model: Any) -> dict[str, Tensor]:
     """A batch for models with line breaks, whose own code says how many rows a picture of some size becomes."""
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
     draw = torch.Generator().manual_seed(3)
-    pictures = [size for sizes in KINDS[kind] for size in sizes]
+    layout = kind if isinstance(kind, Layout) else Layout(KINDS[kind])
+    pictures = [size for sizes in layout.sizes for size in sizes]
     single = (
-        [len(sizes) == 1 for sizes in KINDS[kind] for _ in sizes]
+        [len(sizes) == 1 for sizes in layout.sizes for _ in sizes]
         if "onevision" in type(model).__name__.lower()
         else [True] * len(pictures)
     )
     inputs: dict[str, Tensor] = {}
-    if video:
-        inputs["pixel_values_videos"] = torch.randn(len(pictures), 3, 3, 16, 16, generator=draw).to(dtype)
-        lengths = [3 * 2 * 2 + 1] * len(pictures)
-    else:
+    lengths: list[int] = []
+    if video and pictures:
+        frames = layout.frames or 3
+        inputs["pixel_values_videos"] = torch.randn(len(pictures), frames, 3, 16, 16, generator=draw).to(dtype)
+        lengths = [frames * 2 * 2 + 1] * len(pictures)
+    elif pictures:
         points = model.config.image_grid_pinpoints
         tiles = [image_size_to_num_patches(size, points, 16) for size in pictures]
         inputs["pixel_values"] = torch.randn(len(pictures), max(tiles), 3, 16, 16, generator=draw).to(dtype)
         inputs["image_sizes"] = torch.tensor(pictures)
         if not all(single):
-            inputs["batch_num_images"] = torch.tensor([len(sizes) for sizes in KINDS[kind] if sizes])
+            inputs["batch_num_images"] = torch.tensor([len(sizes) for sizes in layout.sizes if sizes])
         with torch.no_grad():
             features = model.model.get_image_features(**inputs).pooler_output
         lengths = [len(rows) for rows in features]
-    rows, length = [], iter(lengths)
-    for number, sizes in enumerate(KINDS[kind]):
-        row = [1, 10 + number, 11]
-        for _ in sizes:
-            row += [*[VIDEO if video else IMAGE] * next(length), 15]
-        rows.append([*row, 20 + number, 21, 22][: None if number else -1])
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    return {"input_ids": ids, "attention_mask": (ids != 0).long(), **inputs}
+    length = iter(lengths)
+    visual = VIDEO if video else IMAGE
+    return {**layout.padded([[[*[visual] * next(length), 15] for _ in sizes] for sizes in layout.sizes]), **inputs}

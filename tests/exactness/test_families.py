@@ -105,6 +105,9 @@ def masked(
         if isinstance(given_masks := kwargs["attention_mask"], dict):  # pictures see themselves in both directions
             visible = columns[:, None, None] | torch.eye(total, dtype=torch.bool)
             masks = {kind: one & visible for kind, one in given_masks.items()}
+            if size_aware:
+                sizes, least = log_sizes[:, None, None].to(given.dtype), torch.finfo(torch.float32).min
+                masks = {kind: torch.where(one, sizes, least) for kind, one in masks.items()}
             return args, {**kwargs, "inputs_embeds": merged(given), "attention_mask": masks}
         own = torch.where(allowed, log_sizes[:, None, None].to(given.dtype), torch.finfo(torch.float32).min)
         more: dict[str, Any] = {"inputs_embeds": merged(given), "attention_mask": own}
@@ -159,8 +162,6 @@ def test_pruned_is_the_masked_model(
     made: Any, family: str, kind: str, video: bool, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     model, inputs = made(family, dtype), batch(family, kind, dtype, video)
-    if family == "gemma3" and options:
-        options = {"recycle": "grid", "cells": 4}  # sizes are refused where layers look back a limited way, see below
     with vprune.prune(model, "attention", keep=0.3, **options) as pruning:
         pruned = generated(model, inputs)
     reports = list(pruning.last or [])
@@ -240,11 +241,6 @@ def test_keeping_all_in_other_ways_of_decoding(made: Any, family: str, mode: dic
         assert torch.equal(plain, model.generate(**inputs, **options))
 
 
-def test_sizes_are_refused_where_layers_look_back_a_limited_way(made: Any) -> None:
-    with pytest.raises(vprune.VPruneError, match="sliding"):
-        vprune.prune(made("gemma3"), "attention", keep=0.3, **SIZES).attach()
-
-
 @pytest.mark.parametrize("family", QWEN)
 def test_grids_are_those_of_the_pictures(made: Any, family: str) -> None:
     model, inputs = made(family), batch(family, "mixed", torch.float64)
@@ -283,8 +279,6 @@ def test_leaving_restores(made: Any, family: str) -> None:
 def test_a_second_turn_of_text_on_the_same_cache(made: Any, family: str, options: dict[str, Any], kind: str) -> None:
     from transformers import DynamicCache
 
-    if family == "gemma3" and options:
-        options = {"recycle": "grid", "cells": 4}
     model, inputs = made(family), batch(family, kind, torch.float64)
     rows, prompt = inputs["input_ids"].shape
     cache = DynamicCache(config=model.config.get_text_config())

@@ -246,8 +246,6 @@ def test_the_snippet_of_the_readme_runs(
     assert found is not None
     snippet, keep, loaded = found[1], "keep=0.1", '"assets/models/vlm"'
     assert snippet.count(keep) == snippet.count(loaded) == 1
-    if family == "gemma3":  # sizes are refused where layers look back a limited way
-        snippet = snippet.replace(", size_aware=True", "")
     tiny, its_processor = made(family, torch.float32)
     tiny.save_pretrained(tmp_path / "model")
     its_processor.save_pretrained(tmp_path / "model")

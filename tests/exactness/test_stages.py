@@ -91,8 +91,9 @@ def masked_by_stages(model: Any, inputs: dict[str, Tensor], reports: list[Any], 
                 if size_aware:
                     bias[report.sample, places[done[-1].kept]] = done[-1].sizes.float().log().double()
         if "sliding_attention" in (getattr(text.config, "layer_types", None) or ()):  # pictures see both ways there
-            return given & (seen[:, None, None] | torch.eye(total, dtype=torch.bool))
-        allowed = seen[:, None, None] & torch.ones(total, total, dtype=torch.bool).tril()
+            allowed = given & (seen[:, None, None] | torch.eye(total, dtype=torch.bool))
+        else:
+            allowed = seen[:, None, None] & torch.ones(total, total, dtype=torch.bool).tril()
         return torch.where(allowed, bias[:, None, None].to(dtype), torch.finfo(torch.float32).min)
 
     def before_layer(number: int) -> Any:
@@ -122,8 +123,6 @@ def agree(mine: Any, theirs: Any, tolerance: float = 1e-12) -> None:
 
 def possible(family: str, schedule: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options without what the family refuses."""
-    if family == "gemma3" and options:
-        return {"recycle": "grid", "cells": 4}
     return options
 
 

@@ -43,6 +43,21 @@ class Anatomy:
         """The decoder's attention implementation, e.g. `sdpa`."""
         return str(getattr(self.decoder.config, "_attn_implementation", None) or "eager")
 
+    def kind_of(self, layer: int) -> str:
+        """What the decoder's config calls a layer: `full_attention`, `sliding_attention` ..."""
+        kinds = getattr(self.decoder.config, "layer_types", None)
+        return str(kinds[layer]) if kinds else "full_attention"
+
+    def window_of(self, layer: int) -> int | None:
+        """How many columns a layer looks back, None if all."""
+        config: Any = self.decoder.config
+        return int(config.sliding_window) if self.kind_of(layer) == "sliding_attention" else None
+
+    @property
+    def has_windows(self) -> bool:
+        """True when some layers look back a limited way."""
+        return "sliding_attention" in (getattr(self.decoder.config, "layer_types", None) or ())
+
     def tower_attentions(self) -> list[nn.Module]:
         """The attention modules of the vision tower's layers, first to last.
 

@@ -7,9 +7,9 @@ windows), keeps all of that right by itself, for beams, crops and later turns to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache as memoise
 from typing import Any
 
@@ -25,27 +25,39 @@ class StoredRows:
 
     `valid` bool [B, V] (False: padding), None when all are; `bias` [B, V] float32, the log size of merged rows, None
     when there is none. `floor` stored rows at the start may not be cropped one by one, since rows among them were
-    dropped.
+    dropped. `columns` LongTensor [B, V]: where they stood among all tokens seen, for layers that look back a limited
+    way (None elsewhere, and where nothing was dropped).
     """
 
     valid: Tensor | None
     bias: Tensor | None
     floor: int
+    columns: Tensor | None = None
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> StoredRows:
+        valid, bias, columns = (
+            None if part is None else change(part) for part in (self.valid, self.bias, self.columns)
+        )
+        return StoredRows(valid, bias, self.floor, columns)
 
     def reordered(self, index: Tensor) -> StoredRows:
         """The same for other rows of the batch, LongTensor or bool `index`."""
-        valid, bias = (None if part is None else part[index.to(part.device)] for part in (self.valid, self.bias))
-        return StoredRows(valid, bias, self.floor)
+        return self._each(lambda part: part[index.to(part.device)])
 
     def repeated(self, repeats: int) -> StoredRows:
         """The same with every row of the batch `repeats` times."""
-        valid, bias = (None if part is None else part.repeat_interleave(repeats, 0) for part in (self.valid, self.bias))
-        return StoredRows(valid, bias, self.floor)
+        return self._each(lambda part: part.repeat_interleave(repeats, 0))
 
     def cropped(self, length: int) -> StoredRows:
         """The same for the first `length` rows stored."""
-        valid, bias = (None if part is None else part[:, :length] for part in (self.valid, self.bias))
-        return StoredRows(valid, bias, self.floor)
+        return self._each(lambda part: part[:, :length])
+
+    def columns_of(self, batch: int, stored: int, dropped: int, device: torch.device) -> Tensor:
+        """Where the first `stored` rows stood, LongTensor [B, stored], once `dropped` tokens in all were dropped."""
+        columns = torch.arange(dropped, dropped + stored, device=device).expand(batch, -1)
+        if self.columns is None:
+            return columns
+        return torch.cat([self.columns[:, :stored].to(device), columns[:, self.columns.shape[1] :]], 1)
 
     def continued(
         self, stored: int, valid: Tensor | None, bias: Tensor | None, shape: Sequence[int], floor: int
@@ -60,7 +72,7 @@ class StoredRows:
             parts = (widened(old, batch, stored, fill, known.device), widened(new, batch, rows, fill, known.device))
             return torch.cat(parts, 1)
 
-        return StoredRows(joined(self.valid, valid, True), joined(self.bias, bias, 0.0), floor)
+        return replace(self, valid=joined(self.valid, valid, True), bias=joined(self.bias, bias, 0.0), floor=floor)
 
 
 NOTHING_KNOWN = StoredRows(None, None, 0)
@@ -153,7 +165,7 @@ class LogicalStaticLayer(LogicalLayer):
         """The same in one shape for every prompt, so that the graph of a decoding step serves the next prompt too."""
         batch, fits, device = self.keys.shape[0], self.max_cache_len, self.keys.device
         bias = None if rows.bias is None else widened(rows.bias, batch, fits, 0.0, device)
-        return StoredRows(widened(rows.valid, batch, fits, True, device), bias, rows.floor)
+        return replace(rows, valid=widened(rows.valid, batch, fits, True, device), bias=bias)
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
         """Tokens seen, a tensor []."""

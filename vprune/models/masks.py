@@ -2,28 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vprune.errors import VPruneError
-from vprune.models.cache import LogicalStaticLayer, logical, note_newest, stored_length, widened
+from vprune.models.cache import LogicalStaticLayer, StoredRows, logical, note_newest, stored_length, widened
 
 DENSE_BACKENDS = ("eager", "sdpa")
 _ADDITIVE_BACKENDS = (*DENSE_BACKENDS, "flex_attention")
 
 
-def attention_mask_4d(valid: Tensor, bias: Tensor | None, queries: int, backend: str, dtype: torch.dtype) -> Tensor:
-    """The causal mask [B, 1, queries, N] of the last `queries` of N rows: bool for sdpa without a bias, else additive.
+@dataclass(frozen=True)
+class Sight:
+    """What a layer's queries see beside what is causal.
+
+    `window`: only so many columns back, None = all; `columns` LongTensor [B, N]: where the rows stored and the new ones
+    stood among all tokens seen; `among` bool [B, 1, Q, Q]: who sees whom among the new rows where the model has laid it
+    down itself (pictures that see themselves both ways), None = causal.
+    """
+
+    window: int | None = None
+    columns: Tensor | None = None
+    among: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """True when nothing differs from the causal mask."""
+        return self.window is None and self.among is None
+
+
+PLAIN = Sight()
+
+
+def attention_mask_4d(
+    valid: Tensor, bias: Tensor | None, queries: int, backend: str, dtype: torch.dtype, sight: Sight = PLAIN
+) -> Tensor:
+    """The mask [B, 1, queries, N] of the last `queries` of N rows: bool for sdpa without a bias, else additive.
 
     `valid` bool [B, N]; `bias` [B, N] is added where a row may be seen.
     """
     length = valid.shape[1]
     index = torch.arange(length, device=valid.device)
     own = index[length - queries :, None]
+    allowed = valid[:, None, None] & (index <= own)
+    if sight.window is not None:
+        assert sight.columns is not None
+        since = sight.columns[:, None, length - queries :, None] - sight.window
+        allowed = allowed & (sight.columns[:, None, None] > since)
+    if sight.among is not None:
+        allowed = torch.cat([allowed[..., : length - queries], sight.among], -1)
     # A padding row sees itself, and nobody else sees it: a row that sees nothing would be not-a-number in some kernels.
-    allowed = (valid[:, None, None] & (index <= own)) | (index == own)
+    allowed = allowed | (index == own)
     if bias is None and backend == "sdpa":
         return allowed
     shift = torch.zeros((), dtype=dtype, device=valid.device) if bias is None else bias[:, None, None].to(dtype)
@@ -62,7 +94,7 @@ def padding_mask(mask: Any, seen: int) -> Tensor | None:
     return last if mask.dtype == torch.bool else last == 0
 
 
-def stored_mask(cache: Any, mask: Any, inputs: Tensor, backend: str, sliding: bool) -> Tensor | None:
+def stored_mask(cache: Any, mask: Any, inputs: Tensor, backend: str) -> Tensor | None:
     """The mask for `inputs` [B, Q, D] that are about to follow the rows of a pruned `cache`; `mask` is the caller's.
 
     None when one query sees every row and none is merged; 4-D for the dense backends; else the 2-D mask over all tokens
@@ -82,35 +114,33 @@ def stored_mask(cache: Any, mask: Any, inputs: Tensor, backend: str, sliding: bo
     if rows.valid is None and rows.bias is None and queries == 1:
         return None
     valid = widened(rows.valid, batch, stored + queries, True, inputs.device)
-    return finished_mask(valid, rows.bias, queries, layer.dropped, inputs, backend, sliding)
+    return finished_mask(valid, rows.bias, queries, layer.dropped, inputs, backend)
 
 
 def layer_mask(
-    valid: Tensor | None, bias: Tensor | None, stored: int, inputs: Tensor, backend: str, fits: int | None = None
+    rows: StoredRows, stored: int, inputs: Tensor, backend: str, fits: int | None = None, sight: Sight = PLAIN
 ) -> Tensor | Any | None:
     """The finished mask of a single layer, for `inputs` [B, Q, D] that follow `stored` rows; None where none is needed.
 
-    `valid` bool and `bias` float32 [B, V] tell of the first V of the `stored` + Q rows; None: all valid, none merged.
-    `fits`: the rows of a layer of fixed size, None for one that grows.
+    `rows` tells of the first of the `stored` + Q rows. `fits`: the rows of a layer of fixed size, None for one that
+    grows. A layer with a window stores the last rows only.
     """
     batch, queries = inputs.shape[:2]
-    if fits is not None:
-        seen = widened(valid, batch, stored + queries, True, inputs.device)
-        if bias is not None:
-            bias = widened(bias, batch, stored + queries, 0.0, inputs.device)
-        dense = attention_mask_4d(seen, bias, queries, backend, inputs.dtype)
-        hidden = False if dense.dtype == torch.bool else _least(dense.dtype)
-        return torch.nn.functional.pad(dense, (0, fits - dense.shape[-1]), value=hidden)
-    if bias is None and valid is None and (queries == 1 or "flash" in backend or (backend == "sdpa" and not stored)):
+    length = stored + queries
+    bias = None if rows.bias is None else widened(rows.bias, batch, length, 0.0, inputs.device)
+    first_alone = queries == 1 or "flash" in backend or (backend == "sdpa" and not stored)
+    if bias is None and rows.valid is None and fits is None and sight.plain and first_alone:
         return None
-    seen = widened(valid, batch, stored + queries, True, inputs.device)
-    if bias is not None:
-        bias = widened(bias, batch, stored + queries, 0.0, inputs.device)
-    elif "flash" in backend:
-        return seen
-    elif backend == "flex_attention":
-        return block_mask(seen, queries)
-    return attention_mask_4d(seen, bias, queries, backend, inputs.dtype)
+    seen = widened(rows.valid, batch, length, True, inputs.device)
+    if bias is None and sight.plain and fits is None and backend not in DENSE_BACKENDS:
+        return seen if "flash" in backend else block_mask(seen, queries)
+    dense = attention_mask_4d(seen, bias, queries, backend, inputs.dtype, sight)
+    if sight.window is not None:
+        dense = dense[..., max(stored - sight.window + 1, 0) :]
+    if fits is None:
+        return dense
+    hidden = False if dense.dtype == torch.bool else _least(dense.dtype)
+    return torch.nn.functional.pad(dense, (0, fits - dense.shape[-1]), value=hidden)
 
 
 def block_mask(valid: Tensor, queries: int) -> Any:
@@ -126,20 +156,18 @@ def block_mask(valid: Tensor, queries: int) -> Any:
     return create_block_mask(allowed, batch, None, queries, length, device=str(valid.device))
 
 
-def prefill_mask(
-    valid: Tensor, bias: Tensor | None, dropped: int, inputs: Tensor, backend: str, sliding: bool
-) -> Tensor:
+def prefill_mask(valid: Tensor, bias: Tensor | None, dropped: int, inputs: Tensor, backend: str) -> Tensor:
     """The mask for a shortened prefill `inputs` [B, K, D] over `valid` bool [B, S + K].
 
     2-D, as callers pass it, which leaves the choice of the fast path to the library; additive where sizes count.
     """
     if bias is None:
-        return _over_tokens_seen(valid, dropped)
-    return finished_mask(valid, bias, inputs.shape[1], dropped, inputs, backend, sliding)
+        return over_tokens_seen(valid, dropped)
+    return finished_mask(valid, bias, inputs.shape[1], dropped, inputs, backend)
 
 
 def finished_mask(
-    valid: Tensor, bias: Tensor | None, queries: int, dropped: int, inputs: Tensor, backend: str, sliding: bool
+    valid: Tensor, bias: Tensor | None, queries: int, dropped: int, inputs: Tensor, backend: str
 ) -> Tensor:
     """The mask over `valid` bool [B, N], in the form that the backend takes.
 
@@ -147,18 +175,19 @@ def finished_mask(
         VPruneError: sizes of merged rows are to be added where the backend takes no additive mask.
     """
     if bias is not None:
-        refuse_bias(backend, sliding)
+        refuse_bias(backend)
         bias = widened(bias, valid.shape[0], valid.shape[1], 0.0, inputs.device)
-    if bias is not None or (backend in DENSE_BACKENDS and not sliding):
+    if bias is not None or backend in DENSE_BACKENDS:
         return attention_mask_4d(valid, bias, queries, backend, inputs.dtype)
-    return _over_tokens_seen(valid, dropped)
+    return over_tokens_seen(valid, dropped)
 
 
-def _over_tokens_seen(valid: Tensor, dropped: int) -> Tensor:
+def over_tokens_seen(valid: Tensor, dropped: int) -> Tensor:
+    """The 2-D mask over all tokens seen, whose last columns are the rows stored."""
     return torch.nn.functional.pad(valid, (dropped, 0), value=False)
 
 
-def refuse_bias(backend: str, sliding: bool) -> None:
+def refuse_bias(backend: str) -> None:
     """Refuse `size_aware` where attention takes no additive mask.
 
     Raises:
@@ -169,40 +198,41 @@ def refuse_bias(backend: str, sliding: bool) -> None:
             f"size_aware=true with attention implementation {backend!r}: it takes no additive mask; "
             f"use one of {', '.join(_ADDITIVE_BACKENDS)} (model.set_attn_implementation('sdpa')) or size_aware=false"
         )
-    if sliding:
+
+
+def refuse_windows(backend: str) -> None:
+    """Refuse layers that look back a limited way where masks cannot say which rows those are.
+
+    Raises:
+        VPruneError: always then, naming the backends that can.
+    """
+    if backend not in DENSE_BACKENDS:
         raise VPruneError(
-            "size_aware=true on a decoder with sliding-window layers is not supported; use size_aware=false"
+            f"sliding-window layers with attention implementation {backend!r}: their masks cannot be pruned; "
+            f"use one of {', '.join(DENSE_BACKENDS)} (model.set_attn_implementation('sdpa'))"
         )
 
 
-def gathered_masks(masks: dict[str, Any], index: Tensor, inputs: Tensor) -> dict[str, Any]:
-    """The finished masks per layer type [B, 1, L, L] that a model hands to its decoder, for a shorter prefill.
+def seen_among(mask: Any, index: Tensor | None, length: int, start: int | None) -> Tensor:
+    """Who sees whom among the new rows, bool [B, 1, K, K], of a model's own finished mask for `length` of them.
 
-    `index` LongTensor [B, K] names the columns that stay (-1 = padding); who sees whom among them is as the model has
-    laid it down.
+    `index` LongTensor [B, K]: the new rows that stay (-1 = padding), None = all; `start`: the mask's column of the
+    first of them, None where they are its last ones.
 
     Raises:
-        VPruneError: the masks are no tensors, or a cache holds earlier turns already.
+        VPruneError: the mask is no tensor that could be shortened.
     """
-    own = torch.eye(index.shape[1], dtype=torch.bool, device=index.device)[None, None]
-    padding = (index < 0)[:, None]
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        raise VPruneError(
+            f"this model's own attention mask is {type(mask).__name__}: it can be shortened with attention "
+            f"implementations {' and '.join(DENSE_BACKENDS)} only (model.set_attn_implementation('sdpa'))"
+        )
+    start = mask.shape[-1] - length if start is None else start
+    own = (mask if mask.dtype == torch.bool else mask == 0)[..., start : start + length]
+    if index is None:
+        return own
+    own = own.expand(index.shape[0], *own.shape[1:])
     place = index.clamp(min=0)[:, None]
-    shorter: dict[str, Any] = {}
-    for kind, mask in masks.items():
-        if not isinstance(mask, Tensor) or mask.ndim != 4:
-            raise VPruneError(
-                f"attention mask {kind!r} is {type(mask).__name__}: this model's own masks can be shortened "
-                "with attention implementations sdpa and eager only (model.set_attn_implementation('sdpa'))"
-            )
-        if mask.shape[-1] != mask.shape[-2]:
-            raise VPruneError(
-                f"the cache holds {mask.shape[-1] - mask.shape[-2]} rows already: this family can be pruned in its "
-                "first turn only; pass the whole conversation with a new cache"
-            )
-        mask = mask.expand(index.shape[0], *mask.shape[1:])
-        rows = mask.gather(2, place[..., None].expand(-1, mask.shape[1], -1, mask.shape[-1]))
-        both = rows.gather(3, place[:, :, None].expand(-1, rows.shape[1], rows.shape[2], -1))
-        hidden, seen = (False, True) if mask.dtype == torch.bool else (torch.finfo(inputs.dtype).min, 0.0)
-        # A padding row sees itself, and nobody else sees it.
-        shorter[kind] = both.masked_fill(padding[:, :, None], hidden).masked_fill(own & padding[..., None], seen)
-    return shorter
+    rows = own.gather(2, place[..., None].expand(-1, own.shape[1], -1, length))
+    both = rows.gather(3, place[:, :, None].expand(-1, own.shape[1], place.shape[-1], -1))
+    return both & (index >= 0)[:, None, None] & (index >= 0)[:, None, :, None]

@@ -43,15 +43,34 @@ def with_cache(anatomy: Anatomy, kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
+def masks_of_model(kwargs: dict[str, Any], given_to_model: Tensor | None) -> dict[str, Any] | None:
+    """The finished masks per kind of layer that a model hands to its decoder, "all" if one serves all; else None.
+
+    (Pictures that see themselves both ways: Gemma 3, PaliGemma. `generate` finishes plain causal masks for static
+    caches; those are handed on by models that were given them.)
+    """
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, dict):
+        return mask if any(one is not None for one in mask.values()) else None
+    if (
+        isinstance(mask, Tensor)
+        and mask.ndim == 4
+        and (given_to_model is not None or is_static(kwargs.get("past_key_values")))
+    ):
+        return {"all": mask}
+    return None
+
+
 def callers_mask(kwargs: dict[str, Any], given_to_model: Tensor | None) -> Any:
     """The mask of the prompt as the caller passed it, [B, length] or None, whatever was made of it since."""
     cache: Any = kwargs.get("past_key_values")
     mask, queries = kwargs.get("attention_mask"), kwargs["inputs_embeds"].shape[1]
-    if given_to_model is not None and given_to_model.ndim == 2 and (isinstance(mask, dict) or is_static(cache)):
+    finished = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
+    if given_to_model is not None and (finished or is_static(cache)):
         return given_to_model
     if queries > 1 and is_static(cache) and not (isinstance(mask, Tensor) and mask.ndim == 2):
         return padding_mask(mask, int(cache.get_seq_length()) + queries)
-    return given_to_model if isinstance(mask, dict) and not is_static(cache) else mask
+    return None if isinstance(mask, dict) else mask
 
 
 def read_prefill(

@@ -137,13 +137,6 @@ def rotations(decoder: Any, layer: int, below: bool, hidden: Tensor, positions: 
     return decoder.rotary_emb(hidden, positions, decoder.config.layer_types[layer])
 
 
-def sliding_window(prefill: Prefill, layer: int) -> int | None:
-    """How many columns a layer looks back, None if all."""
-    config: Any = prefill.anatomy.decoder.config
-    kinds = getattr(config, "layer_types", None)
-    return config.sliding_window if kinds and kinds[layer] == "sliding_attention" else None
-
-
 def rotary_positions(positions: Tensor) -> Tensor:
     """The rows of position ids that rotate: `generate` puts those of the text, for masks, before M-RoPE's three."""
     return positions[1:] if positions.ndim == 3 and positions.shape[0] == 4 else positions

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vprune import kernels
 from vprune.errors import VPruneError
-from vprune.models.probe import layer_attention, past_bias, sliding_window, stored_and_new_valid
+from vprune.models.probe import layer_attention, past_bias, stored_and_new_valid
 from vprune.records import Prefill
 
 _POOLS = ("mean", "max")
@@ -50,16 +50,17 @@ class TextAttention:
         query = caught.query.gather(
             2, rows[:, None, :, None].expand(-1, caught.query.shape[1], -1, caught.query.shape[3])
         )
-        stored = caught.key.shape[2] - prefill.valid.shape[1]
+        held = caught.key.shape[2]  # a layer with a window stores the last rows only
+        stored, bias = held - prefill.valid.shape[1], past_bias(prefill)
         mass = kernels.column_mass(
             query,
             caught.key,
             scale=caught.scale,
             rows=rows + stored,
             row_valid=row_valid,
-            key_valid=stored_and_new_valid(prefill),
-            key_bias=past_bias(prefill),
-            window=sliding_window(prefill, layer),
+            key_valid=stored_and_new_valid(prefill)[:, -held:],
+            key_bias=None if bias is None else bias[:, -held:],
+            window=prefill.anatomy.window_of(layer),
             pool=self.pool,
         )
         on_host = mass[:, stored:].float().cpu()

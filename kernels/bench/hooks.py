@@ -1,0 +1,426 @@
+"""What the hooks cost, and what pruning saves, at the shapes of 7B models with random weights.
+
+    PYTHONPATH=. python kernels/bench/hooks.py --out DIR                   # one CUDA GPU, both families, some minutes
+    PYTHONPATH=. python kernels/bench/hooks.py --out DIR --tiny            # the script itself, on a CPU, in seconds
+
+`uniform` scores nothing: at keep=1 it is the hooks alone; `attention` at keep=1 adds the scoring. All cases of a repeat
+run one after another, in an order that turns with every repeat, so that drifting clocks meet all of them alike.
+Prints one table and writes DIR/hooks.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import vprune
+from vprune.pruner import Pruner
+from vprune.scoring.text_attention import TextAttention
+from vprune.selection import Stride
+
+STEPS = 16
+TEXT_BEFORE, TEXT_AFTER = 16, 48
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run the model; without a method it is not hooked at all."""
+
+    method: str = ""
+    keep: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """A name for the table."""
+        return f"{self.method} keep={self.keep:g}" if self.method else "unhooked"
+
+    def pruner(self) -> Pruner:
+        """The method, made without its YAML file, so that a bare GPU machine needs no hydra."""
+        if self.method == "attention":
+            return Pruner(keep=self.keep, scorer=TextAttention(), name=self.method)
+        return Pruner(keep=self.keep, selector=Stride(), name=self.method)
+
+
+CASES = (Case(), Case("uniform"), Case("attention"), Case("uniform", 0.1), Case("attention", 0.1))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One prefill and `STEPS` decoding steps."""
+
+    prefill_ms: float
+    decode_ms: float
+    plan_ms: float
+    peak_bytes: int
+    cache_bytes: int
+    stored: int
+    logits: Tensor
+
+
+class Clock:
+    """Milliseconds between two points of the device's queue (CUDA events), or of the host where there is no GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def wait(self) -> None:
+        """Let the device finish."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def mark(self) -> Any:
+        """Now, as the queue counts it."""
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, start: Any, end: Any) -> float:
+        """Milliseconds from one point to another, after `wait`."""
+        return float(start.elapsed_time(end)) if self.cuda else (end - start) * 1e3
+
+
+def onevision(tiny: bool) -> tuple[Any, dict[str, Tensor]]:
+    """LLaVA-OneVision-7B's config, and a picture of 3 x 3 tiles: 729 + 81 x 82 visual tokens with its line breaks."""
+    tower = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26, "num_attention_heads": 16}
+    tower |= {"patch_size": 14, "image_size": 384}
+    if tiny:
+        tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        tower |= {"patch_size": 4, "image_size": 32}
+    side = tower["image_size"]
+    config = transformers.LlavaOnevisionConfig(
+        vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **tower},
+        text_config={"model_type": "qwen2", **text_shape(tiny, 152000)},
+        image_grid_pinpoints=[[side * rows, side * columns] for rows in range(1, 7) for columns in range(1, 7)],
+        vision_aspect_ratio="anyres_max_9",
+        vision_feature_select_strategy="full",
+        image_token_index=90 if tiny else 151646,
+        video_token_index=91 if tiny else 151647,
+    )
+    return config, {
+        "pixel_values": torch.randn(1, 10, 3, side, side),
+        "image_sizes": torch.tensor([[3 * side, 3 * side]]),
+    }
+
+
+def qwen2vl(tiny: bool) -> tuple[Any, dict[str, Tensor]]:
+    """Qwen2-VL-7B's config, and a picture of 168 x 168 patches: 84 x 84 visual tokens."""
+    tower = {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14}
+    if tiny:
+        tower = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+    side = 16 if tiny else 168
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3] if tiny else [16, 24, 24]}
+    tokens = (90, 91, 92, 93) if tiny else (151655, 151656, 151652, 151653)
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    config = transformers.Qwen2VLConfig(
+        text_config={**text_shape(tiny, 152064), "rope_parameters": rope},
+        vision_config=tower,
+        **dict(zip(names, tokens, strict=True)),
+    )
+    return config, {
+        "pixel_values": torch.randn(side * side, 3 * 2 * tower["patch_size"] ** 2),
+        "image_grid_thw": torch.tensor([[1, side, side]]),
+    }
+
+
+def text_shape(tiny: bool, vocabulary: int) -> dict[str, Any]:
+    """Qwen2-7B's shape."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    sizes = (64, 96, 3, 4, 2) if tiny else (3584, 18944, 28, 28, 4)
+    shape = dict(zip(names, sizes, strict=True))
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return {"vocab_size": 100 if tiny else vocabulary, "max_position_embeddings": 32768, **special, **shape}
+
+
+FAMILIES: dict[str, Callable[[bool], tuple[Any, dict[str, Tensor]]]] = {"onevision": onevision, "qwen2vl": qwen2vl}
+
+
+def build(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model with random weights, made on the device itself."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.02)
+    model.generation_config.eos_token_id = None  # every answer has the length asked for
+    model.generation_config.pad_token_id = 0
+    return model.to(device).eval()
+
+
+def complete(model: Any, brought: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Inputs of one row: text, as many placeholders as the model makes features of the picture, text."""
+    device = next(model.parameters()).device
+    inputs = {name: part.to(device) for name, part in brought.items()}
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    with torch.no_grad():
+        visual = sum(map(len, model.get_image_features(**inputs).pooler_output))
+    image = model.config.image_token_id
+    row = [*range(10, 10 + TEXT_BEFORE), *[image] * visual, *range(10, 10 + TEXT_AFTER)]
+    ids = torch.tensor([row], device=device)
+    if "image_grid_thw" in inputs:
+        inputs["mm_token_type_ids"] = (ids == image).int()
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs}
+
+
+@contextmanager
+def pruned(model: Any, case: Case) -> Iterator[vprune.Pruning | None]:
+    """The model as the case wants it."""
+    with ExitStack() as stack:
+        yield stack.enter_context(vprune.prune(model, case.pruner())) if case.method else None
+
+
+def decode(model: Any, token: Tensor, seen: int, cache: Any, steps: int) -> None:
+    """Greedy steps on a cache that has seen `seen` tokens, called as `generate` calls; the host never looks at them."""
+    mask = torch.ones((1, seen + steps), dtype=torch.long, device=token.device)
+    positions = torch.arange(seen, seen + steps, device=token.device)[None]
+    shift = getattr(model.model, "rope_deltas", None)
+    if shift is not None:  # M-RoPE: those of the text, for masks, then three that rotate
+        positions = torch.stack([positions, *[positions + shift] * 3])
+    for step in range(steps):
+        out = model(
+            input_ids=token,
+            attention_mask=mask[:, : seen + step + 1],
+            position_ids=positions[..., step : step + 1],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        token = out.logits[:, -1:].argmax(-1)
+
+
+def run(model: Any, inputs: dict[str, Tensor], case: Case, clock: Clock) -> Run:
+    """One timed prefill and `STEPS` timed decoding steps; putting the hooks on is not in the times."""
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad(), pruned(model, case) as pruning:
+        clock.wait()
+        if clock.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        start = clock.mark()
+        out = model(**inputs, use_cache=True, logits_to_keep=1)
+        token = out.logits[:, -1:].argmax(-1)
+        read = clock.mark()
+        clock.wait()  # decoding starts from an idle device, as prefill did
+        begin = clock.mark()
+        decode(model, token, length, out.past_key_values, STEPS)
+        end = clock.mark()
+        clock.wait()
+        last = pruning.last if pruning is not None else None
+    layers = out.past_key_values.layers
+    return Run(
+        prefill_ms=clock.between(start, read),
+        decode_ms=clock.between(begin, end) / STEPS,
+        plan_ms=last.seconds * 1e3 if last is not None else 0.0,
+        peak_bytes=torch.cuda.max_memory_allocated() if clock.cuda else 0,
+        cache_bytes=sum(layer.keys.nbytes + layer.values.nbytes for layer in layers),
+        stored=length + STEPS - sum(one.tokens_before - one.tokens_after for one in last or []),
+        logits=out.logits,
+    )
+
+
+def bytes_by_hand(config: Any, stored: int, dtype: torch.dtype) -> int:
+    """What a cache of `stored` tokens takes: a key and a value per token, layer and key-value head."""
+    text = config.get_text_config()
+    width = text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * text.num_key_value_heads * width * dtype.itemsize * stored)
+
+
+def waits(model: Any, inputs: dict[str, Tensor], case: Case, clock: Clock) -> dict[str, float] | None:
+    """How often the host waits for the device in a prefill and in a decoding step; None where there is no GPU."""
+    if not clock.cuda:
+        return None
+    steps, length = 4, inputs["input_ids"].shape[1]
+
+    def counted(work: Callable[[], Any]) -> tuple[Any, int]:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                result = work()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return result, sum("synchronizing CUDA operation" in str(one.message) for one in seen)
+
+    with torch.no_grad(), pruned(model, case):
+        out, prefill = counted(lambda: model(**inputs, use_cache=True, logits_to_keep=1))
+        token = out.logits[:, -1:].argmax(-1)
+        _, decoding = counted(lambda: decode(model, token, length, out.past_key_values, steps))
+    return {"prefill": prefill, "decode_step": decoding / steps}
+
+
+def tower_ms(model: Any, pixels: dict[str, Tensor], clock: Clock) -> float:
+    """The vision tower and the projector alone: the part of a prefill that pruning leaves as it is."""
+    times = []
+    for _ in range(5):
+        clock.wait()
+        start = clock.mark()
+        with torch.no_grad():
+            model.get_image_features(**pixels)
+        end = clock.mark()
+        clock.wait()
+        times.append(clock.between(start, end))
+    return statistics.median(times)
+
+
+def generate_ms(model: Any, inputs: dict[str, Tensor], case: Case, clock: Clock) -> float:
+    """Plain `generate` of `STEPS` tokens, from the call to the answer."""
+    with pruned(model, case):
+        clock.wait()
+        start = time.perf_counter()
+        model.generate(**inputs, max_new_tokens=STEPS, do_sample=False)
+        clock.wait()
+        return (time.perf_counter() - start) * 1e3
+
+
+def interleaved(work: Callable[[Case], Any], repeats: int, warm_up: int) -> dict[Case, list[Any]]:
+    """The results of every case; who comes first turns with every repeat."""
+    results: dict[Case, list[Any]] = {case: [] for case in CASES}
+    for repeat in range(-warm_up, repeats):
+        turn = repeat % len(CASES)
+        for case in (*CASES[turn:], *CASES[:turn]):
+            result = work(case)
+            if repeat >= 0:
+                results[case].append(result)
+    return results
+
+
+def compared(own: list[float], base: list[float]) -> dict[str, float]:
+    """Medians, their ratio, and the quartiles of the ratios of neighbours in time."""
+    ratios = [mine / theirs for mine, theirs in zip(own, base, strict=True)]
+    quarters = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    middle = statistics.median(own)
+    ratio = middle / statistics.median(base)
+    return {"ms": middle, "ratio": ratio, "ratio_p25": quarters[0], "ratio_p75": quarters[2]}
+
+
+def measure(family: str, device: torch.device, tiny: bool, repeats: int) -> dict[str, Any]:
+    """All cases of one family."""
+    dtype, clock, started = torch.float32 if tiny else torch.bfloat16, Clock(device), time.perf_counter()
+    config, brought = FAMILIES[family](tiny)
+    model = build(config, device, dtype)
+    inputs = complete(model, brought, dtype)
+    built = time.perf_counter() - started
+    weights = torch.cuda.memory_allocated() if clock.cuda else 0
+    runs = interleaved(lambda case: run(model, inputs, case, clock), repeats, 3)
+    answers = interleaved(lambda case: generate_ms(model, inputs, case, clock), math.ceil(repeats / 2), 1)
+    pixels = {name: part for name, part in inputs.items() if name in brought}
+    plain = runs[CASES[0]]
+    rows = []
+    for case in CASES:
+        own = runs[case]
+        by_hand = bytes_by_hand(config, own[-1].stored, dtype)
+        assert own[-1].logits.isfinite().all()
+        rows.append(
+            {
+                "case": asdict(case),
+                "name": case.name,
+                "prefill": compared([one.prefill_ms for one in own], [one.prefill_ms for one in plain]),
+                "decode_step": compared([one.decode_ms for one in own], [one.decode_ms for one in plain]),
+                "generate": compared(answers[case], answers[CASES[0]]),
+                "plan_ms": statistics.median(one.plan_ms for one in own),
+                "peak_bytes": max(one.peak_bytes for one in own),
+                "cache_bytes": own[-1].cache_bytes,
+                "cache_bytes_by_hand": by_hand,
+                "cache_as_by_hand": own[-1].cache_bytes == by_hand,
+                "stored": own[-1].stored,
+                "host_waits": waits(model, inputs, case, clock),
+                "logits_as_unhooked": torch.equal(own[-1].logits, plain[-1].logits),
+            }
+        )
+    return {
+        "family": family,
+        "prompt_tokens": inputs["input_ids"].shape[1],
+        "visual_tokens": int((inputs["input_ids"] == config.image_token_id).sum()),
+        "parameters": sum(one.numel() for one in model.parameters()),
+        "dtype": str(dtype),
+        "weights_bytes": weights,
+        "tower_ms": tower_ms(model, pixels, clock),
+        "build_seconds": built,
+        "seconds": time.perf_counter() - started,
+        "cases": rows,
+    }
+
+
+def table(measured: list[dict[str, Any]]) -> str:
+    """All families and cases as one table."""
+    titles = ("family", "case", "prefill ms", "x", "[p25 p75]", "decode ms", "x", "[p25 p75]", "generate ms", "x")
+    titles += ("plan ms", "peak GiB", "cache MiB", "by hand", "waits pre/step", "as unhooked")
+    lines = [titles]
+    for one in measured:
+        for row in one["cases"]:
+            waited, cells = row["host_waits"], [one["family"], row["name"]]
+            for part in ("prefill", "decode_step"):
+                times = row[part]
+                cells += [f"{times['ms']:.2f}", f"{times['ratio']:.3f}"]
+                cells += [f"{times['ratio_p25']:.3f} {times['ratio_p75']:.3f}"]
+            cells += [f"{row['generate']['ms']:.1f}", f"{row['generate']['ratio']:.3f}", f"{row['plan_ms']:.2f}"]
+            cells += [f"{row['peak_bytes'] / 2**30:.2f}", f"{row['cache_bytes'] / 2**20:.2f}"]
+            cells += ["equal" if row["cache_as_by_hand"] else f"{row['cache_bytes_by_hand'] / 2**20:.2f}"]
+            cells += [f"{waited['prefill']} / {waited['decode_step']:g}" if waited else "-"]
+            cells += ["equal" if row["logits_as_unhooked"] else "differs"]
+            lines.append(tuple(cells))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for hooks.json")
+    parser.add_argument("--family", choices=FAMILIES, help="default: both, one after the other")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument(
+        "--tiny", action="store_true", help="small shapes on the CPU: tries the script, measures nothing"
+    )
+    options = parser.parse_args()
+    if not options.tiny and not torch.cuda.is_available():
+        parser.error("the real shapes need a CUDA GPU; --tiny tries the script on the CPU")
+    device = torch.device("cpu" if options.tiny else "cuda")
+    found: dict[str, Any] = {
+        "device": "CPU" if options.tiny else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "vprune": vprune.__version__,
+        "attention": "sdpa",
+        "repeats": options.repeats,
+        "decode_steps": STEPS,
+        "tiny": options.tiny,
+        "families": [],
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    for family in [options.family] if options.family else FAMILIES:
+        found["families"].append(measure(family, device, options.tiny, options.repeats))
+        # Written after each family: a run that is cut off keeps what it has.
+        (options.out / "hooks.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    versions = f"{found['device']}, torch {found['torch']}, transformers {found['transformers']}"
+    for one in found["families"]:
+        print(
+            f"{one['family']}: {one['visual_tokens']} visual of {one['prompt_tokens']} tokens, "
+            f"{one['parameters'] / 1e9:.2f}e9 parameters ({one['dtype']}), tower alone {one['tower_ms']:.1f} ms; "
+            f"{one['seconds']:.0f} s in all; {versions}"
+        )
+    print(table(found["families"]))
+
+
+if __name__ == "__main__":
+    main()
