@@ -15,7 +15,7 @@ from torch import Tensor
 from vprune.budgets import BUDGETS, Budget, Stage, checked_keep, checked_stages, count_of
 from vprune.errors import VPruneError
 from vprune.records import Prefill, Selection, TowerImage, VisualTokens
-from vprune.recycling import RECYCLERS, pool_cells, recycle, representatives
+from vprune.recycling import OWN_ROWS, Absorption, Recycler, pool_cells, representatives, settle
 from vprune.scoring import Scorer
 from vprune.selection import Selector, TopK, cell_of_token, cells_within, frame_by_frame
 
@@ -35,9 +35,12 @@ class Pruner:
             int >= 1.
         scorer: gives the importance, None = the order does not depend on any.
         selector: puts the tokens in the order in which they are kept.
-        recycle: "none" drops the pruned tokens; "grid" keeps the means of those in each of `cells` grid cells, within
-            the budget.
-        cells: at most so many cells for recycle="grid"; 9, 4 or 1 where they would take more than half of the budget.
+        recycle: what becomes of the pruned tokens, within the budget: "none" drops them; "grid" and "weighted" keep
+            means of those in each of `cells` grid cells; "nearest" merges them into what is kept; "anchors" merges them
+            into rows of their own, a `share` of the budget; see `vprune.recycling.Recycler`.
+        cells: at most so many grid cells; 9, 4 or 1 where they would take more than half of the budget.
+        share: of the budget that goes to anchors.
+        distance: what the distance on the grid takes off the likeness of a token to the row that it joins.
         size_aware: add log(number of merged tokens) to the attention logits of merged rows, at every layer and step.
         stages: the decoder layers before which tokens are pruned, each alone (to `keep`) or as [layer, keep], where
             keep is of the image's own tokens; None = before the first layer.
@@ -60,6 +63,8 @@ class Pruner:
     selector: Selector = field(default_factory=TopK)
     recycle: str = "none"
     cells: int = 16
+    share: float = 0.5
+    distance: float = 0.0
     size_aware: bool = False
     stages: Sequence[Any] | None = None
     budget: str = "image"
@@ -67,13 +72,11 @@ class Pruner:
     name: str = ""
 
     hooked: ClassVar[bool] = True
+    recycles: ClassVar[bool] = True  # False: nothing is left over, whatever `recycle` says
 
     def __post_init__(self) -> None:
         self.keep = checked_keep(self.keep)
-        if self.recycle not in RECYCLERS:
-            raise VPruneError(f"recycle={self.recycle!r}: choose one of {', '.join(RECYCLERS)}")
-        if isinstance(self.cells, bool) or not isinstance(self.cells, int) or self.cells < 1:
-            raise VPruneError(f"cells={self.cells!r}: give a number of grid cells, at least 1")
+        self._recycler = Recycler(self.recycle, self.cells, self.share, self.distance)
         if not isinstance(self.size_aware, bool):
             raise VPruneError(f"size_aware={self.size_aware!r}: give true or false")
         if self.budget not in BUDGETS:
@@ -122,11 +125,12 @@ class Pruner:
         """
         rows = Budget(keep, self.budget, self.minimum).rows_of(prefill.images, maps)
         seen = [prefill.tower[image.origin] if image.origin >= 0 else None for image in prefill.images]
-        return [self.plan_image(*one) for one in zip(prefill.images, rows, maps, seen, strict=True)]
+        plans = [self.plan_image(*one) for one in zip(prefill.images, rows, maps, seen, strict=True)]
+        return settle(plans, prefill)
 
     def plan_image(
         self, image: VisualTokens, budget: int, importance: Tensor | None, seen: TowerImage | None
-    ) -> Selection:
+    ) -> Selection | Absorption:
         """Decide for one image; `seen` is what was watched of it in the vision tower, None where nothing was."""
         order = self.selector.order(importance, image.grid, budget, seen.fingerprint if seen else 0)
         if self.budget == "frame":
@@ -136,7 +140,8 @@ class Pruner:
             row[image.standing.kept] = torch.arange(len(image))
             order = row[order]
             order = order[order >= 0]
-        return recycle(self.recycle, order, image.grid, budget, self.cells, image.standing)
+            importance = None if importance is None else importance.flatten()[image.standing.kept]
+        return self._recycler.plan(order, image.grid, budget, importance, image.standing, self.budget == "frame")
 
 
 def spread_over_grid(importance: Tensor, image: VisualTokens) -> Tensor:
@@ -172,6 +177,8 @@ class Full(Pruner):
 class Pool(Pruner):
     """Average pooling: every row is the mean of a grid cell, as many as the budget holds; nothing is left over."""
 
+    recycles: ClassVar[bool] = False
+
     def plan_image(
         self, image: VisualTokens, budget: int, importance: Tensor | None, seen: TowerImage | None
     ) -> Selection:
@@ -186,6 +193,8 @@ class Resize(Pruner):
     The tower sees h' x w' patches with interpolated position encodings; each of its h' w' rows stands where the middle
     one of the tokens that it replaces stood.
     """
+
+    recycles: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -237,7 +246,13 @@ def load_method(name: str, **options: Any) -> Pruner:
         if value is not None:
             _place(config, name, option, value)
     config.pop("name", None)
-    return _instantiated(instantiate, config, name)
+    pruner = _instantiated(instantiate, config, name)
+    if options.get("recycle") in OWN_ROWS and type(pruner.keep) is int and pruner.keep < 2 and pruner.recycles:
+        raise VPruneError(
+            f"keep={pruner.keep} leaves no room for the recycled tokens: recycle={pruner.recycle} needs 2 rows an "
+            "image, one for what is kept and one for the rest; give keep >= 2, or recycle=none or nearest"
+        )
+    return pruner
 
 
 def _place(config: dict[str, Any], name: str, option: str, value: Any) -> None:

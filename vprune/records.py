@@ -51,15 +51,24 @@ class Selection:
         return cls(kept, source, (source >= 0).to(torch.float64), torch.ones_like(kept))
 
     @classmethod
-    def grouped(cls, kept: Tensor, source: Tensor, sizes: Tensor | None = None) -> Selection:
+    def grouped(
+        cls, kept: Tensor, source: Tensor, sizes: Tensor | None = None, shares: Tensor | None = None
+    ) -> Selection:
         """The selection whose row r, standing at `kept[r]`, is the mean of the tokens with `source == r`.
 
-        `sizes` LongTensor [N]: how many tokens each of them stands for already, None = itself.
+        `sizes` LongTensor [N]: how many tokens each of them stands for already, None = itself. `shares` [N]: what each
+        token counts in its mean beside its size, None = the same; negative and not-a-number count nothing, and where
+        all of a row do, they count the same.
         """
         own = torch.ones_like(source) if sizes is None else sizes
-        stays = source >= 0
-        total = torch.zeros_like(kept).index_add(0, source[stays], own[stays])
-        weights = torch.where(stays, own.to(torch.float64) / total[source.clamp(min=0)], 0.0)
+        stays, row = source >= 0, source.clamp(min=0)
+        own = torch.where(stays, own, 0)
+        total = torch.zeros_like(kept).index_add(0, row, own)
+        weights = own.to(torch.float64) / total[row]
+        if shares is not None:
+            counted = own * shares.to(torch.float64).nan_to_num(0.0, 0.0, 0.0).clamp(min=0.0)
+            sums = torch.zeros(kept.numel(), dtype=torch.float64).index_add(0, row, counted)[row]
+            weights = torch.where(sums > 0, counted / sums.clamp(min=1e-300), weights)
         return cls(kept, source, weights, total)
 
     def then(self, later: Selection) -> Selection:

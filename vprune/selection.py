@@ -120,6 +120,7 @@ def budget_cells(grid: Grid, budget: int) -> Grid:
     return (frames, *cells_within(h, w, budget // frames))
 
 
+@lru_cache(maxsize=256)
 def cell_of_token(grid: Grid, cells: Grid) -> Tensor:
     """The cell that each token lies in, LongTensor [N], raster order of cells."""
     places = [torch.arange(size) * count // size for size, count in zip(grid, cells, strict=True)]

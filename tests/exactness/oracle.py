@@ -38,7 +38,17 @@ def full_sight(model: Any, input_ids: Tensor, attention_mask: Tensor, pixel_valu
     return Sight(embeds, attention_mask.bool().clone(), torch.zeros_like(attention_mask, dtype=torch.float64))
 
 
-def without_pruned(sight: Sight, input_ids: Tensor, reports: Sequence[Any], size_aware: bool = False) -> Sight:
+def mean_of(rows: Tensor, importance: Tensor | None) -> Tensor:
+    """The plain mean of rows [M, D], or the one weighted by their importance [M], if any of them has some."""
+    if importance is None or not bool((importance > 0).any()):
+        return rows.mean(0)
+    share = importance.double().clamp(min=0) / importance.double().clamp(min=0).sum()
+    return (share.to(rows.dtype)[:, None] * rows).sum(0)
+
+
+def without_pruned(
+    sight: Sight, input_ids: Tensor, reports: Sequence[Any], size_aware: bool = False, weighted: bool = False
+) -> Sight:
     """Mask out what the reports say was dropped; rows that stand for several tokens become their mean."""
     embeds, seen, bias = sight.embeds.clone(), sight.seen.clone(), sight.bias.clone()
     starts: dict[int, int] = {}
@@ -53,7 +63,9 @@ def without_pruned(sight: Sight, input_ids: Tensor, reports: Sequence[Any], size
             members = columns[report.source == row]
             seen[report.sample, column] = True
             if len(members) > 1:
-                embeds[report.sample, column] = sight.embeds[report.sample, members].mean(0)
+                told = report.importance is not None and weighted
+                importance = report.importance.flatten()[report.source == row] if told else None
+                embeds[report.sample, column] = mean_of(sight.embeds[report.sample, members], importance)
             if size_aware:
                 bias[report.sample, column] = float(torch.log(torch.tensor(len(members), dtype=torch.float32)))
     return Sight(embeds, seen, bias)

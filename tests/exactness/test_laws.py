@@ -17,7 +17,15 @@ from tests.exactness.prompts import KINDS, batch
 METHODS = [name for name in vprune.method_names() if name != "full"]
 TOKENS = GRID * GRID
 AT_MOST = ("pool", "resize")  # whole grids of cells: as near the budget as a grid comes
-OPTIONS = [{}, {"recycle": "grid"}, {"recycle": "grid", "cells": 4, "size_aware": True}]
+OPTIONS = [
+    {},
+    {"recycle": "grid"},
+    {"recycle": "grid", "cells": 4, "size_aware": True},
+    {"recycle": "weighted", "cells": 4},
+    {"recycle": "nearest", "size_aware": True},
+    {"recycle": "anchors", "size_aware": True},
+]
+OPTION_NAMES = ["plain", "grid", "sizes", "weighted", "nearest", "anchors"]
 
 
 def evidence(images: int) -> list[Any]:
@@ -36,11 +44,16 @@ def prefill(model: Any, inputs: dict[str, torch.Tensor], method: str, keep: floa
 
 
 @pytest.mark.parametrize("keep", [1, 2, 5, 17, 35, 36, 0.01, 0.1, 0.333, 0.5, 1.0])
-@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "grid", "sizes"])
+@pytest.mark.parametrize("options", OPTIONS, ids=OPTION_NAMES)
 @pytest.mark.parametrize("method", METHODS)
 def test_budget_order_source_and_sizes(
     tiny_vlm: Any, tiny_processor: Any, method: str, options: dict[str, Any], keep: float | int
 ) -> None:
+    recycled = options.get("recycle", "none") != "none"
+    if type(keep) is int and keep == 1 and recycled and options["recycle"] != "nearest" and method not in AT_MOST:
+        with pytest.raises(vprune.VPruneError, match="keep=1 leaves no room for the recycled tokens"):
+            vprune.prune(tiny_vlm(), method, keep=keep, **options)
+        return
     reports = prefill(tiny_vlm(), batch(tiny_processor, "several"), method, keep, **options)
     budget = keep if isinstance(keep, int) else max(1, math.floor(keep * TOKENS + 1e-9))
     assert len(reports) == 3 and [(r.sample, r.image) for r in reports] == [(0, 0), (0, 1), (1, 0)]
@@ -55,14 +68,14 @@ def test_budget_order_source_and_sizes(
         assert torch.equal(torch.bincount(report.source[report.source >= 0], minlength=rows), report.sizes)
         dropped = int((report.source < 0).sum())
         assert int(report.sizes.sum()) == TOKENS - dropped
-        if (options.get("recycle") == "grid" and budget >= 2) or method in AT_MOST:
+        if (recycled and budget >= 2) or method in AT_MOST:
             assert dropped == 0
         if report.importance is not None:
             assert report.importance.shape == (1, GRID, GRID) and report.importance.dtype == torch.float32
             assert report.importance.isfinite().all() and (report.importance >= 0).all()
 
 
-@pytest.mark.parametrize("options", OPTIONS[::2], ids=["plain", "sizes"])
+@pytest.mark.parametrize("options", [OPTIONS[0], *OPTIONS[2:]], ids=[OPTION_NAMES[0], *OPTION_NAMES[2:]])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_of_two_is_two_batches_of_one(
     tiny_vlm: Any, tiny_processor: Any, method: str, options: dict[str, Any]

@@ -26,6 +26,14 @@ MODES: dict[str, dict[str, Any]] = {
     "returns": {"do_sample": True, "num_return_sequences": 2},
 }
 RECYCLE = {"recycle": "grid", "cells": 4}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "recycle": RECYCLE,
+    "sizes": {**RECYCLE, "size_aware": True},
+    "weighted": {"recycle": "weighted", "cells": 4, "size_aware": True},
+    "nearest": {"recycle": "nearest", "distance": 0.5, "size_aware": True},
+    "anchors": {"recycle": "anchors", "size_aware": True},
+}
 # The oracle attends over all columns with zeros in between and recomputes every step: sums run in another order, so
 # float64 agrees to rounding rather than to the bit. Norms in float32 are part of the model and absorb most of it.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}
@@ -46,7 +54,8 @@ def compare(
         object.__setattr__(report, "sample", report.sample // copies)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     sight = full_sight(model, ids, mask, inputs["pixel_values"])
-    sight = without_pruned(sight, ids, firsts, bool(options.get("size_aware")))
+    weighted = options.get("recycle") == "weighted"
+    sight = without_pruned(sight, ids, firsts, bool(options.get("size_aware")), weighted)
     torch.manual_seed(7)
     oracle = oracle_generate(model, sight, ids, mask, max_new_tokens=steps, **mode)
     assert torch.equal(pruned.sequences, oracle.sequences)
@@ -55,7 +64,7 @@ def compare(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", [{}, RECYCLE, {**RECYCLE, "size_aware": True}], ids=["plain", "recycle", "sizes"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_equals_the_masked_model(
     tiny_vlm: Any, tiny_processor: Any, method: str, options: dict[str, Any], kind: str

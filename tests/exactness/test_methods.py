@@ -140,13 +140,13 @@ def test_pool_and_resize_fill_the_budget_with_a_grid() -> None:
 
 
 def test_grid_recycling_spends_the_budget_to_the_row() -> None:
-    from vprune.recycling import recycle
+    from vprune.recycling import Recycler
 
     generator = torch.Generator().manual_seed(0)
     for budget in range(1, 65):
         for cells in (1, 4, 7, 16, 64):
             order = torch.randperm(64, generator=generator)
-            made = recycle("grid", order, (1, 8, 8), budget, cells)
+            made = Recycler("grid", cells).plan(order, (1, 8, 8), budget)
             assert made.kept.numel() == budget
             if budget >= 2:
                 assert int(made.sizes.sum()) == 64
@@ -158,11 +158,11 @@ def test_grid_recycling_spends_the_budget_to_the_row() -> None:
 
 
 def test_a_full_cell_gives_its_row_back() -> None:
-    from vprune.recycling import recycle
+    from vprune.recycling import Recycler
 
     first_cell = torch.tensor([0, 1, 8, 9])  # a 4 x 4 grid of cells over 8 x 8 tokens
     rest = torch.tensor([n for n in range(64) if n not in first_cell.tolist()])
-    made = recycle("grid", torch.cat([first_cell, rest]), (1, 8, 8), 32, 16)
+    made = Recycler("grid").plan(torch.cat([first_cell, rest]), (1, 8, 8), 32)
     pure = made.sizes == 1
     assert int((~pure).sum()) < 16 and made.kept.numel() == 32
     assert set(first_cell.tolist()) <= set(made.kept[pure].tolist())

@@ -1,0 +1,122 @@
+"""What becomes of the rest: pruned tokens dropped, or merged into a few rows of their own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vprune.errors import VPruneError
+from vprune.records import Grid, Selection
+from vprune.recycling.absorb import Absorption, settle, spread_anchors
+from vprune.recycling.cells import means_in_place, merge_cells, pool_cells, representatives, reserved_cells
+from vprune.recycling.rows import keep_only
+from vprune.selection import cell_of_token
+
+__all__ = [
+    "OWN_ROWS",
+    "RECYCLERS",
+    "Absorption",
+    "Recycler",
+    "keep_only",
+    "means_in_place",
+    "merge_cells",
+    "pool_cells",
+    "representatives",
+    "settle",
+]
+
+RECYCLERS = ("none", "grid", "nearest", "weighted", "anchors")
+OWN_ROWS = ("grid", "weighted", "anchors")
+"""Those that merge the rest into rows of its own, paid from the budget, and leave what was selected as it is."""
+
+
+@dataclass(frozen=True)
+class Recycler:
+    """How the tokens beyond the budget are recycled, and what of the budget that costs.
+
+    Args:
+        kind: "none" drops them. "grid": the mean of those in each grid cell, where their median stood. "weighted":
+            their importance-weighted mean sum I_i x_i / sum I_i, where the most important of them stood (VFlowOpt,
+            arXiv 2508.05211). "nearest": each joins the most similar token that was kept (ToMe, arXiv 2210.09461;
+            VisionZip, arXiv 2412.04467). "anchors": each joins the most similar of some tokens that lie evenly over the
+            grid, while the important ones stay pure.
+        cells: at most so many cells; 9, 4 or 1 where they would take more than half of the budget.
+        share: of the budget that goes to anchors, rounded down, at least one.
+        distance: subtracted from the cosine similarity, times the distance as a share of the grid's sides.
+
+    Raises:
+        VPruneError: a value is out of its range.
+
+    Example:
+        >>> import torch
+        >>> Recycler("grid", cells=4).plan(torch.arange(36), (1, 6, 6), 9).sizes.sum()
+        tensor(36)
+    """
+
+    kind: str = "none"
+    cells: int = 16
+    share: float = 0.5
+    distance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in RECYCLERS:
+            raise VPruneError(f"recycle={self.kind!r}: choose one of {', '.join(RECYCLERS)}")
+        if isinstance(self.cells, bool) or not isinstance(self.cells, int) or self.cells < 1:
+            raise VPruneError(f"cells={self.cells!r}: give a number of grid cells, at least 1")
+        if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 < self.share < 1:
+            raise VPruneError(
+                f"share={self.share!r}: give the part of the budget that anchors get, above 0 (none left for the rest) "
+                "and below 1 (none left for what was selected)"
+            )
+        number = isinstance(self.distance, (int, float)) and not isinstance(self.distance, bool)
+        if not number or not 0 <= self.distance < math.inf:
+            raise VPruneError(f"distance={self.distance!r}: give a factor, 0 or above")
+
+    def plan(
+        self,
+        order: Tensor,
+        grid: Grid,
+        budget: int,
+        importance: Tensor | None = None,
+        standing: Selection | None = None,
+        by_frame: bool = False,
+    ) -> Selection | Absorption:
+        """Turn an order of keeping into `budget` rows: at once, or but for what `settle` looks up in the hidden rows.
+
+        Args:
+            order: LongTensor [N], the tokens that stand, best first.
+            grid: (t, h, w) of the image.
+            budget: rows in all. With room for one only, the rest is dropped unless it joins what is kept.
+            importance: float32 [N], None = all alike.
+            standing: what an earlier stage left of the grid.
+            by_frame: every frame gets as many anchors.
+        """
+        sizes = None if standing is None else standing.sizes
+        if self.kind != "none" and budget < order.numel():
+            if self.kind == "nearest":
+                kept = order[:budget].sort().values
+                return Absorption(grid, order[:0], kept, _places(order, standing), self.distance, sizes)
+            cells = reserved_cells(grid, budget, self.cells)
+            if self.kind != "anchors" and cells is not None:
+                cell = cell_of_token(grid, cells)[_places(order, standing)]
+                weighted = importance if self.kind == "weighted" else None
+                return merge_cells(order, cell, budget, math.prod(cells), sizes, weighted)
+            anchors = self.anchors_of(budget, grid[0] if by_frame else 1)
+            if self.kind == "anchors" and anchors:
+                places, pure = _places(order, standing), budget - anchors
+                chosen = spread_anchors(order, pure, anchors, places, grid, by_frame)
+                return Absorption(grid, order[:pure].sort().values, chosen, places, self.distance, sizes)
+        return keep_only(order, budget, standing)
+
+    def anchors_of(self, budget: int, frames: int = 1) -> int:
+        """How many rows of a budget are anchors, the same number in each of so many frames; 0 = no room."""
+        each = budget // frames
+        return 0 if each < 2 else frames * max(1, math.floor(each * self.share + 1e-9))
+
+
+def _places(order: Tensor, standing: Selection | None) -> Tensor:
+    """Where the tokens that stand lie on the grid, LongTensor [N]."""
+    return torch.arange(order.numel()) if standing is None else standing.kept
