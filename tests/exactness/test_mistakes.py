@@ -42,7 +42,7 @@ def test_more_tokens_than_the_image_has(tiny_vlm: Any, tiny_processor: Any, meth
 def test_unknown_names_list_the_known_ones(tiny_vlm: Any) -> None:
     with fails("method='nonsense' is unknown: choose one of attention, .*vision"):
         vprune.prune(tiny_vlm(), "nonsense")
-    with fails("'random' has no option 'colour': it has budget, cells, keep, layer, .*seed"):
+    with fails("'random' has no option 'colour': it has budget, cells, distance, keep, layer, .*seed"):
         vprune.prune(tiny_vlm(), "random", colour=3)
     with fails("recycle='all': choose one of none, grid"):
         vprune.prune(tiny_vlm(), "attention", recycle="all")
