@@ -49,7 +49,9 @@ def columns_of(model: Any, inputs: dict[str, Tensor], reports: list[Any]) -> lis
 
 
 @contextmanager
-def masked_by_stages(model: Any, inputs: dict[str, Tensor], reports: list[Any], size_aware: bool) -> Iterator[None]:
+def masked_by_stages(
+    model: Any, inputs: dict[str, Tensor], reports: list[Any], size_aware: bool, weighted: bool = False
+) -> Iterator[None]:
     """The full model, no cache: before each stage's layer rows are merged, from there on dropped columns are masked."""
     columns = columns_of(model, inputs, reports)
     stages = sorted({stage.layer for report in reports for stage in report.stages})
@@ -73,7 +75,10 @@ def masked_by_stages(model: Any, inputs: dict[str, Tensor], reports: list[Any], 
             for row, place in enumerate(now.kept.tolist()):
                 members = [n for n, token in enumerate(before.tolist()) if int(now.source[token]) == row]
                 if len(members) > 1:
-                    share = (weight[members].double() / weight[members].sum()).to(hidden.dtype)
+                    share = weight[members].double()
+                    if weighted:
+                        share = share * now.importance.flatten()[before[members]].double()
+                    share = (share / share.sum()).to(hidden.dtype)
                     rows = hidden[report.sample, places[before[members]]]
                     merged[report.sample, places[place]] = (share[:, None] * rows).sum(0)
         return merged
