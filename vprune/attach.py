@@ -20,6 +20,7 @@ from vprune.models.tower import TowerWatch
 from vprune.passage import Passage, cache_layer_masks
 from vprune.pruner import Pruner, Resize, load_method
 from vprune.records import PruneReport
+from vprune.scoring.vflow import VisualFlow
 
 _PRUNED: WeakSet[nn.Module] = WeakSet()  # models with hooks on, so that nesting can be refused
 
@@ -68,17 +69,19 @@ class Pruning:
     """
 
     def __init__(self, model: Any, pruner: Pruner) -> None:
-        self.pruner = pruner
         self.evidence: Sequence[Any] | None = None
         self.last: PruneReport | None = None
         refuse_compiled(model)
         self._anatomy: Anatomy = dissect(model)
         self._model = model
+        self.pruner = pruner = pruner.fitted(len(self._anatomy.layers))
         scorer = pruner.scorer
         self._tower = TowerWatch(
             self._anatomy,
             fingerprints=pruner.selector.fingerprints,
             attention_layer=None if scorer is None else scorer.tower_layer,
+            attention=scorer.attention if isinstance(scorer, VisualFlow) else None,
+            entropy=scorer.entropy if isinstance(scorer, VisualFlow) and scorer.looks_at_pixels else None,
             small_grid=pruner.small_grid if isinstance(pruner, Resize) else None,
         )
         self._attached = False

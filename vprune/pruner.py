@@ -90,6 +90,10 @@ class Pruner:
         """True for a method that reads `pruning.evidence`, which only an annotated benchmark has."""
         return self.scorer is not None and self.scorer.needs_evidence
 
+    def fitted(self, layers: int) -> Pruner:
+        """The method for a decoder of so many layers: itself, unless its stages depend on their number."""
+        return self
+
     def with_keep(self, keep: float | int) -> Pruner:
         """The same method with another budget."""
         return replace(self, keep=keep)
@@ -257,7 +261,8 @@ def load_method(name: str, **options: Any) -> Pruner:
 
 def _place(config: dict[str, Any], name: str, option: str, value: Any) -> None:
     """Put an option where the method has it: at the top, or in the one part that knows it."""
-    top = {one.name for one in fields(Pruner)} - {"name", *_PARTS}
+    own = {key for key in config if key != "_target_"}  # what its class has beyond a Pruner's
+    top = ({one.name for one in fields(Pruner)} | own) - {"name", *_PARTS}
     parts = {part: config[part] for part in _PARTS if isinstance(config.get(part), dict)}
     owner = config if option in top else next((part for part in parts.values() if option in part), None)
     if owner is not None:

@@ -110,14 +110,15 @@ class TowerImage:
     """What was seen of one image on its way through the vision tower.
 
     `grid` is the grid (t, h, w) of the visual tokens that it becomes; `fingerprint` a checksum of the pixels,
-    `received` the attention its tokens' patches receive (float32 [t * h * w]) and `small_grid` the grid (h', w') it was
-    resized to, each only when the method asked for it. `call` numbers the runs of the tower: pictures and videos are
-    read in runs of their own.
+    `received` the attention its tokens' patches receive, `entropy` that of their pixels (both float32 [t * h * w]) and
+    `small_grid` the grid (h', w') it was resized to, each only when the method asked for it. `call` numbers the runs of
+    the tower: pictures and videos are read in runs of their own.
     """
 
     grid: Grid
     fingerprint: int = 0
     received: Tensor | None = None
+    entropy: Tensor | None = None
     small_grid: tuple[int, int] | None = None
     call: int = 0
 

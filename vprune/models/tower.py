@@ -16,18 +16,23 @@ from torch.utils.hooks import RemovableHandle
 from vprune import kernels
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy, merge_side
-from vprune.models.probe import capture
+from vprune.models.probe import Captured, capture
 from vprune.records import TowerImage
 from vprune.selection import cell_of_token
 
 SmallGrid = Callable[[tuple[int, int]], tuple[int, int]]
+Attention = Callable[[Captured, int], Tensor]
+Entropy = Callable[[Tensor, int, str], Tensor]
 
 
 @dataclass
 class TowerWatch:
     """Hooks on one vision tower; `images` fills up as the tower runs, in the order in which it sees them.
 
-    `fingerprints`: checksum the pixels. `attention_layer`: measure the attention that patches receive at that layer.
+    `fingerprints`: checksum the pixels. `attention_layer`: measure the attention that patches receive at that layer, as
+        `attention` does from its queries and keys and the number of patches (None: the mean over heads, of the class
+        token's or of all patches'). `entropy`: measure the pixels of every token, [images, 3, H, W], squares of so many
+        pixels, for that type of tower.
     `small_grid`: resize the pixels so that the tower sees that grid (h', w') of patches instead of (h, w), and spread
         its output back over (h, w).
     """
@@ -35,6 +40,8 @@ class TowerWatch:
     anatomy: Anatomy
     fingerprints: bool = False
     attention_layer: int | None = None
+    attention: Attention | None = None
+    entropy: Entropy | None = None
     small_grid: SmallGrid | None = None
     images: list[TowerImage] = field(default_factory=list)
     _fresh: list[TowerImage] = field(default_factory=list)
@@ -117,7 +124,14 @@ class TowerWatch:
         h, w = pixels.shape[-2] // patch, pixels.shape[-1] // patch
         self._side = side = merge_side(self.anatomy.config, h * w)
         prints = fingerprints(pixels) if self.fingerprints else [0] * len(pixels)
-        return [TowerImage((1, h // side, w // side), fingerprint, call=self._next_call()) for fingerprint in prints]
+        measured: Sequence[Tensor | None] = [None] * len(pixels)
+        if self.entropy is not None:
+            kind: Any = tower.config
+            measured = list(self.entropy(pixels, patch * side, str(kind.model_type)).cpu())
+        return [
+            TowerImage((1, h // side, w // side), fingerprint, entropy=entropy, call=self._next_call())
+            for fingerprint, entropy in zip(prints, measured, strict=True)
+        ]
 
     def _packed(self, pixels: Tensor, kwargs: dict[str, Any]) -> list[TowerImage]:
         """Pictures and videos of any size as one row per patch, [patches, values], their grids beside them."""
@@ -160,13 +174,19 @@ class TowerWatch:
         _, h, w = self._fresh[0].grid
         side = self._side
         patches = h * w * side * side
-        # A class token stands before the patches; its own view of them is then the tower's opinion.
-        has_class = caught.key.shape[2] > patches
-        query = caught.query[:, :, :1] if has_class else caught.query
-        received = kernels.column_mass(query, caught.key, scale=caught.scale)[:, -patches:].float().cpu()
+        measure = received_by_patches if self.attention is None else self.attention
+        received = measure(caught, patches).float().cpu()
         tokens = received.view(-1, h, side, w, side).mean((2, 4)).flatten(1)
         for image, row in zip(self._fresh, tokens, strict=True):
             image.received = row
+
+
+def received_by_patches(caught: Captured, patches: int) -> Tensor:
+    """Attention that the patches receive, [images, patches]: from the class token if there is one, else from all."""
+    # A class token stands before the patches; its own view of them is then the tower's opinion.
+    has_class = caught.key.shape[2] > patches
+    query = caught.query[:, :, :1] if has_class else caught.query
+    return kernels.column_mass(query, caught.key, scale=caught.scale)[:, -patches:]
 
 
 def patch_side(tower: nn.Module) -> int:
