@@ -63,8 +63,8 @@ class Pruner:
     selector: Selector = field(default_factory=TopK)
     recycle: str = "none"
     cells: int = 16
-    share: float = 0.5
-    distance: float = 0.0
+    share: float = 0.15
+    distance: float = 0.5
     size_aware: bool = False
     stages: Sequence[Any] | None = None
     budget: str = "image"
