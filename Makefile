@@ -2,6 +2,8 @@
 # make test       install, run the fast tests offline
 # make test-slow  the tests that need minutes
 # make test-matrix  the tests with every transformers version of MATRIX; one alone: make test-matrix-5.12.0
+# make test-sample  some of the tests with the oldest version of MATRIX, where that can be installed
+# make compatibility  the tests of exactness, and docs/compatibility.md from what they found
 # make lint       ruff and mypy --strict
 # make build      wheel and sdist into dist/
 
@@ -16,6 +18,8 @@ KEEP   ?= 0.5,0.25,0.1,0.05
 MATRIX ?= 5.12.0 5.17.0 newest
 TORCH  ?=
 PYTEST_ARGS ?= tests/exactness tests/kernels
+OLDEST := $(firstword $(MATRIX))
+SAMPLE ?= $(addprefix tests/exactness/test_,assumptions.py families.py family_turns.py static.py restore.py)
 
 BIN    := .venv/bin
 STAMP  := .venv/installed
@@ -23,7 +27,7 @@ PIP_INSTALL = $(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-
 # One thread a worker for tests; nothing here needs the network once the packages are in.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-slow test-matrix lint format build clean help
+.PHONY: demo test test-slow test-matrix test-sample compatibility lint format build clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -48,6 +52,15 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(OFFLINE) $(BIN)/python -m pytest -m slow
+
+compatibility: $(STAMP)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/exactness -n 2 --dist loadgroup --compatibility docs/compatibility.md
+
+# A version that the package index does not give at this moment is no fault of ours: said aloud, and passed.
+test-sample: $(STAMP)
+	@if $(MAKE) --no-print-directory .matrix/$(OLDEST)/installed; \
+	then $(MAKE) --no-print-directory test-matrix-$(OLDEST) PYTEST_ARGS="$(SAMPLE)"; \
+	else echo "NOT TESTED with transformers $(OLDEST): it could not be installed (see above); the newest version was tested"; fi
 
 test-matrix: $(addprefix test-matrix-,$(MATRIX))
 

@@ -20,11 +20,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vprune.errors import VPruneError
+from vprune.pruner import METHOD_FILE, method_label, read_method
 
 GROUPS = ("model", "method", "benchmark", "engine")
 _GENERIC = {"model": "hf", "benchmark": "folder"}
-_BESIDES = {"model": ", a local folder, a hub id owner/name", "benchmark": ", a folder with samples.jsonl"}
-_PATHS = ("out", "model", "benchmark", "model.path", "benchmark.path")
+_BESIDES = {
+    "model": ", a local folder, a hub id owner/name",
+    "method": ", a .yaml file",
+    "benchmark": ", a folder with samples.jsonl",
+}
+_PATHS = ("out", "model", "method", "benchmark", "model.path", "benchmark.path")
 _HUB_ID = r"[\w.-]+/[\w.-]+"
 
 
@@ -36,14 +41,15 @@ class Composed:
     overrides: tuple[tuple[str, str], ...]
 
 
-def compose_all(overrides: Sequence[str], sweep: bool = False) -> list[Composed]:
+def compose_all(overrides: Sequence[str], sweep: bool = False, primary: str = "eval") -> list[Composed]:
     """The configuration that `overrides` ask for, or with `sweep` those of every combination of comma lists.
 
-    `model=` and `benchmark=` also take a folder (or a hub id) in place of an entry's name.
+    `model=` and `benchmark=` also take a folder (or a hub id) in place of an entry's name, `method=` a YAML file.
+    `primary` is the YAML that composes them.
     Raises VPruneError for anything that does not compose.
     """
     with initialize_config_module("vprune.conf", version_base="1.3", job_name="vprune"):
-        return [_composed(combination) for combination in _combinations(overrides, sweep)]
+        return [_composed(combination, primary) for combination in _combinations(overrides, sweep)]
 
 
 def entries(group: str) -> list[str]:
@@ -90,21 +96,29 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     return parsed
 
 
-def _composed(overrides: Sequence[Override]) -> Composed:
-    lines = [line for override in overrides for line in _lines(override)]
+def _composed(overrides: Sequence[Override], primary: str) -> Composed:
+    file = next((_method_file(override) for override in reversed(overrides) if _method_file(override)), None)
+    # What a method's file says is no entry of a group: Hydra composes the rest, and its keys are put in afterwards.
+    within = [override for override in overrides if file and override.key_or_group.startswith("method.")]
+    lines = [
+        line
+        for override in overrides
+        if override not in within and not (file and override.key_or_group == "method")
+        for line in _lines(override)
+    ]
     try:
-        composed = compose("eval", overrides=lines, return_hydra_config=True)
+        composed = compose(primary, overrides=lines, return_hydra_config=True)
         method = composed.hydra.runtime.choices.method
         config = OmegaConf.create({key: composed[key] for key in composed if key != "hydra"})
         if missing := sorted(OmegaConf.missing_keys(config)):
             raise VPruneError(f"nothing was given for {', '.join(missing)}: add {missing[0]}=... to the command")
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except HydraException as error:
-        raise _complaint(error, lines) from error
+        raise _complaint(error, lines, primary) from error
     except OmegaConfBaseException as error:
         raise VPruneError(f"the configuration is incomplete or wrong: {str(error).splitlines()[0]}") from error
     assert isinstance(plain, dict)
-    plain["method"] = {"name": method, **plain["method"]}
+    plain["method"] = {"name": method, **plain["method"]} if file is None else _from_file(file, within)
     pairs = (str(override.input_line).partition("=") for override in overrides)
     written = tuple((key.lstrip("+"), value.strip("'\"")) for key, _, value in pairs)
     return Composed({str(key): value for key, value in plain.items()}, written)
@@ -131,13 +145,37 @@ def _quoted(text: str) -> str:
     return str(QuotedString(text=text, quote=Quote.single).with_quotes())
 
 
-def _complaint(error: HydraException, lines: Sequence[str]) -> VPruneError:
+def _method_file(override: Override) -> str | None:
+    """The path of the YAML file that `method=` names, None if the override does not."""
+    if override.key_or_group != "method" or override.package is not None or override.is_add():
+        return None
+    value = override.value()
+    name = value.text if isinstance(value, QuotedString) else str(value)
+    return str(Path(name).expanduser().resolve()) if name.endswith(METHOD_FILE) else None
+
+
+def _from_file(file: str, within: Sequence[Override]) -> dict[str, Any]:
+    """A method's configuration from its own file, with the values that overrides of its keys give."""
+    config: dict[str, Any] = {"name": method_label(file), "file": file, **read_method(file)}
+    for override in within:
+        *path, last = override.key_or_group.split(".")[1:]
+        owner: Any = config
+        for part in path:
+            owner = owner.get(part) if isinstance(owner, dict) else None
+        if not isinstance(owner, dict) or last not in owner:
+            known = [name for name in _flat(OmegaConf.create(config)) if not name.endswith("_target_")]
+            raise unknown("method." + ".".join([*path, last]), override.value(), known)
+        owner[last] = override.value()
+    return config
+
+
+def _complaint(error: HydraException, lines: Sequence[str], primary: str) -> VPruneError:
     found = re.search(r"Could not override '([^']+)'", str(error))
     if found is None:
         return VPruneError(" ".join(str(error).split()))
     key = found.group(1)
     groups = [line for line in lines if line.partition("=")[0] in GROUPS]
-    known = [*GROUPS, *(name for name in _flat(compose("eval", overrides=groups)) if not name.endswith("_target_"))]
+    known = [*GROUPS, *(name for name in _flat(compose(primary, overrides=groups)) if not name.endswith("_target_"))]
     group = key.partition(".")[0]
     shown = [name for name in known if name.startswith(f"{group}.")] if "." in key else []
     shown = shown or [name for name in known if "." not in name]

@@ -86,7 +86,7 @@ def _method(job: Job) -> Any:
         return None
     from vprune.pruner import load_method
 
-    return load_method(job.method, **job.method_options)
+    return load_method(job.method_source, **job.method_options)
 
 
 @lru_cache(maxsize=4)

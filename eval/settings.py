@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from vprune.errors import VPruneError
 from vprune.eval.models import ATTENTIONS, DTYPES, ModelChoice
 from vprune.eval.overrides import Composed, compose_all, unknown
+from vprune.pruner import read_method
 
 PRUNING_OPTIONS = ("layer", "recycle", "size_aware", "stages", "backend")
 _TOLD_ELSEWHERE = ("model", "method", "benchmark", "keep", "limit", "seed", "blank", "out", "overwrite")
@@ -34,9 +32,14 @@ class Job:
         return str(self.config["method"]["name"])
 
     @property
+    def method_source(self) -> str:
+        """What `load_method` knows the method by: its name, or the path of its file."""
+        return str(self.config["method"].get("file", self.method))
+
+    @property
     def method_options(self) -> dict[str, Any]:
         """What `load_method` should take in place of the method's defaults."""
-        changed = dict(_changed(self.config["method"], _pristine(self.method)))
+        changed = dict(changes(self.config["method"], read_method(self.method_source)))
         given = {key: self.config[key] for key in PRUNING_OPTIONS if self.config[key] is not None}
         return {"seed": self.config["seed"]} | changed | given | {"keep": self.config["keep"]}
 
@@ -108,7 +111,7 @@ def _settle(config: dict[str, Any]) -> None:
         config["model"]["name"] = Path(config["model"]["name"]).name
     if config["method"]["name"] == "full":
         config |= {"keep": 1.0, **dict.fromkeys(PRUNING_OPTIONS)}
-        config["method"] = {"name": "full", **_pristine("full")}
+        config["method"] = {"name": "full", **read_method("full")}
     elif config["keep"] is None:
         config["keep"] = config["method"].get("keep", 0.1)
     for key in ("keep", "seed", *PRUNING_OPTIONS):
@@ -125,17 +128,12 @@ def _place(method: dict[str, Any], key: str, value: Any) -> None:
             return
 
 
-def _pristine(method: str) -> dict[str, Any]:
-    text = (files("vprune.conf") / "method" / f"{method}.yaml").read_text(encoding="utf-8")
-    content: dict[str, Any] = yaml.safe_load(text)
-    return content
-
-
-def _changed(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def changes(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The keys (without those above them) and values in which configuration `here` differs from `there`."""
     for key, value in here.items():
         if isinstance(value, Mapping) and isinstance(there.get(key), Mapping):
-            yield from _changed(value, there[key])
-        elif key != "name" and value != there.get(key):
+            yield from changes(value, there[key])
+        elif key not in ("name", "file") and value != there.get(key):
             yield key, value
 
 

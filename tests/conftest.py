@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,30 @@ def tiny_vlm() -> Callable[..., Any]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stand_in_scorers() -> Iterator[None]:
+    """For models with random weights, `method=learned` gets a network with random weights: what it computes is tested,
+    not how well it chooses."""
+    from vprune.scoring import learned
+    from vprune.scoring.network import ScorerConfig, ScorerNetwork
+
+    shipped_for, patch = learned._shipped_for, pytest.MonkeyPatch()
+
+    def stand_in(own: dict[str, Any]) -> Any:
+        network = shipped_for(own)
+        if network is None and own["hidden_size"] <= 64:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(own["hidden_size"])
+                shape: Any = {"channels": (16, 16), "kernels": (3, 3), "dilations": (1, 1), "matches": 2, "contents": 8}
+                heads, width = own["num_attention_heads"], own["hidden_size"]
+                network = ScorerNetwork(ScorerConfig(heads=heads, width=width, model=own, **shape)).eval()
+        return network
+
+    patch.setattr(learned, "_shipped_for", stand_in)
+    yield
+    patch.undo()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy, carries_images, dissect, refuse_compiled, visual_kinds
-from vprune.models.cache import fixed_size, logical, of_one_kind, widened
+from vprune.models.cache import cache_in, fixed_size, logical, of_one_kind, widened
 from vprune.models.masks import layer_mask, prefill_mask, refuse_bias, refuse_windows, stored_mask
 from vprune.models.prefill import callers_mask, masks_of_model, read_prefill, restored, shortened_deepstack, with_cache
 from vprune.models.tower import TowerWatch
@@ -25,7 +25,7 @@ from vprune.scoring.vflow import VisualFlow
 _PRUNED: WeakSet[nn.Module] = WeakSet()  # models with hooks on, so that nesting can be refused
 
 
-def prune(model: Any, method: str | Pruner = "attention", keep: float | int | None = None, **options: Any) -> Pruning:
+def prune(model: Any, method: str | Pruner = "learned", keep: float | int | None = None, **options: Any) -> Pruning:
     """Prune the visual tokens of a Hugging Face vision-language model while it generates.
 
     Args:
@@ -74,7 +74,7 @@ class Pruning:
         refuse_compiled(model)
         self._anatomy: Anatomy = dissect(model)
         self._model = model
-        self.pruner = pruner = pruner.fitted(len(self._anatomy.layers))
+        self.pruner = pruner = pruner.fitted(len(self._anatomy.layers)).bound(self._anatomy)
         scorer = pruner.scorer
         self._tower = TowerWatch(
             self._anatomy,
@@ -174,6 +174,7 @@ class Pruning:
             return
         if kwargs.get("mm_encoder_outputs") is None:
             self._tower.forget()  # the tower runs inside this forward; what it saw before belongs to no one
+        self._tower.keep_for_later()
         input_ids = args[0] if args else kwargs.get("input_ids")
         self._visual = visual_kinds(self._anatomy, input_ids, kwargs.get("inputs_embeds"))
 
@@ -189,7 +190,7 @@ class Pruning:
             return None
         if self._visual is not None and bool(self._visual.any()):
             kwargs = self._begin(with_cache(self._anatomy, kwargs), self._visual)
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if logical(cache) is None:
             return args, kwargs
         if self._anatomy.has_windows or not of_one_kind(cache):
@@ -202,7 +203,7 @@ class Pruning:
 
     def _begin(self, kwargs: dict[str, Any], visual: Tensor) -> dict[str, Any]:
         """Start the passage of this prefill; if it is shortened before layer 0, exchange the decoder's inputs."""
-        fits = fixed_size(kwargs.get("past_key_values"))
+        fits = fixed_size(cache_in(kwargs))
         own_masks = masks_of_model(kwargs, self._mask)
         read = {**kwargs, "attention_mask": callers_mask(kwargs, self._mask)}
         prefill = read_prefill(self._anatomy, read, visual, self._tower.images, self.evidence)
@@ -241,6 +242,18 @@ class Pruning:
         self._passage.finish()
         return restored(output, self._passage.lengthen)
 
+    def _after_turns(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A layer's arguments after pruned turns: with a mask of its own where the first layer's does not serve."""
+        cache = cache_in(kwargs)
+        known = logical(cache, number)
+        if known is None or not (self._anatomy.has_windows or known.history != cache.layers[0].history):
+            return kwargs
+        window = self._anatomy.window_of(number)
+        key = (known.history, window, hidden.device)
+        if key not in self._layer_masks:
+            self._layer_masks[key] = cache_layer_masks(cache, number, hidden, self._anatomy.backend, window)
+        return {**kwargs, "attention_mask": self._layer_masks[key]}
+
     def _before_layer(
         self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -251,15 +264,8 @@ class Pruning:
                 if short is not None:
                     self.last = passage.report()
             kwargs = passage.layer_arguments(number, hidden, kwargs)
-        elif (known := logical(kwargs.get("past_key_values"), number)) is not None:
-            cache: Any = kwargs["past_key_values"]
-            if self._anatomy.has_windows or known.history != cache.layers[0].history:
-                window = self._anatomy.window_of(number)
-                key = (known.history, window, hidden.device)
-                if key not in self._layer_masks:
-                    backend = self._anatomy.backend
-                    self._layer_masks[key] = cache_layer_masks(cache, number, hidden, backend, window)
-                kwargs = {**kwargs, "attention_mask": self._layer_masks[key]}
+        else:
+            kwargs = self._after_turns(number, hidden, kwargs)
         if "flash" in self._anatomy.backend and kwargs.get("position_ids") is not None:
             # Flash attention reads gaps between position ids as borders of packed sequences; rotations are computed
             # already.

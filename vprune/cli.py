@@ -21,13 +21,13 @@ _VERBS: dict[str, tuple[str, str | None]] = {
     "eval": ("ask a model the questions of a benchmark, with its visual tokens pruned", "vprune.eval.app"),
     "report": ("gather runs into leaderboard.md, leaderboard.json and index.html", "vprune.eval.report"),
     "train": ("train a part that vprune ships: vlm, scorer, clip, sam", None),
-    "bench": ("time kernels or a whole model", None),
+    "bench": ("time kernels or a whole model", "vprune.bench.app"),
     "segment": ("turn what a model attends to into masks", None),
-    "tune": ("search the parameters of a method", None),
+    "tune": ("search the parameters of a method", "vprune.training.tune_app"),
 }
 _RECIPES: dict[str, tuple[str, str | None]] = {
     "vlm": ("the embedded vision-language model, from scratch", "vprune.training.cli"),
-    "scorer": ("the network that learns which tokens matter", None),
+    "scorer": ("the network that learns which tokens matter", "vprune.training.cli"),
     "clip": ("the embedded CLIP", None),
     "sam": ("the embedded SAM", None),
 }

@@ -101,8 +101,16 @@ class Passage:
         if layer not in self._stops:
             return hidden, None
         start = time.perf_counter()
+        here = self.prefill  # (its layers may lie on several devices, and what is known of it goes with it)
         self.prefill = replace(
-            self.prefill, hidden=hidden, layer=layer, stored=self._stored_before(layer), past=self._past(layer)
+            here,
+            hidden=hidden,
+            positions=here.positions.to(hidden.device),
+            valid=here.valid.to(hidden.device),
+            visual=here.visual.to(hidden.device),
+            layer=layer,
+            stored=self._stored_before(layer),
+            past=self._past(layer),
         )
         short = None
         with torch.no_grad():

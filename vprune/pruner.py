@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from importlib import resources
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from vprune.budgets import BUDGETS, Budget, Stage, checked_keep, checked_stages, count_of
 from vprune.errors import VPruneError
+from vprune.models.anatomy import Anatomy
 from vprune.records import Prefill, Selection, TowerImage, VisualTokens
 from vprune.recycling import OWN_ROWS, Absorption, Recycler, pool_cells, representatives, settle
 from vprune.scoring import Scorer
@@ -24,6 +26,7 @@ _COMMON = (
     "seed",
 )  # accepted by every method, so that sweeps can set them; used by those whose parts have them
 _PARTS = ("scorer", "selector")
+METHOD_FILE = ".yaml"
 
 
 @dataclass
@@ -93,6 +96,15 @@ class Pruner:
     def fitted(self, layers: int) -> Pruner:
         """The method for a decoder of so many layers: itself, unless its stages depend on their number."""
         return self
+
+    def bound(self, anatomy: Anatomy) -> Pruner:
+        """The method for one model: itself, unless its scorer brings something that was made for certain models only.
+
+        Raises:
+            VPruneError: not for this one.
+        """
+        binds = getattr(self.scorer, "bound", None)
+        return self if binds is None else replace(self, scorer=binds(anatomy))
 
     def with_keep(self, keep: float | int) -> Pruner:
         """The same method with another budget."""
@@ -229,8 +241,53 @@ def method_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
+def method_label(name: str) -> str:
+    """What reports call a method: its name, or that of its file without the ending."""
+    return Path(name).stem if str(name).endswith(METHOD_FILE) else name
+
+
+def read_method(name: str) -> dict[str, Any]:
+    """The configuration of a method: that of conf/method/NAME.yaml, or of the YAML file at the path `name`.
+
+    Raises:
+        VPruneError: there is no such method, or the file is none of a method.
+    """
+    from omegaconf import OmegaConf
+
+    if isinstance(name, str) and name.endswith(METHOD_FILE):
+        return _read_file(Path(name).expanduser())
+    if not isinstance(name, str) or name not in method_names():
+        known = ", ".join(method_names())
+        raise VPruneError(
+            f"method={name!r} is unknown: choose one of {known}, or give the path of a {METHOD_FILE} file"
+        )
+    text = (resources.files("vprune.conf") / "method" / f"{name}.yaml").read_text(encoding="utf-8")
+    config: Any = OmegaConf.to_container(OmegaConf.create(text))
+    return dict(config)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise VPruneError(f"method={path}: the file cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise VPruneError(f"method={path} is not YAML: {' '.join(str(error).split())}") from error
+    target = config.get("_target_") if isinstance(config, dict) else None
+    if not isinstance(target, str) or not target.startswith("vprune."):
+        raise VPruneError(
+            f"method={path} describes no method: its _target_ is {target!r}, and should be a class of vprune's, such "
+            "as vprune.pruner.Pruner; conf/method/ has examples"
+        )
+    return dict(config)
+
+
 def load_method(name: str, **options: Any) -> Pruner:
     """Make the method of conf/method/NAME.yaml, with options in place of its defaults (None = the default).
+
+    `name` may also be the path of a YAML file of the same form, as `vprune tune` writes them.
 
     Raises:
         VPruneError: no such method, no such option, or a value out of range.
@@ -240,12 +297,8 @@ def load_method(name: str, **options: Any) -> Pruner:
         0.25
     """
     from hydra.utils import instantiate
-    from omegaconf import OmegaConf
 
-    if not isinstance(name, str) or name not in method_names():
-        raise VPruneError(f"method={name!r} is unknown: choose one of {', '.join(method_names())}")
-    text = (resources.files("vprune.conf") / "method" / f"{name}.yaml").read_text(encoding="utf-8")
-    config: Any = OmegaConf.to_container(OmegaConf.create(text))
+    config, name = read_method(name), method_label(name)
     for option, value in options.items():
         if value is not None:
             _place(config, name, option, value)

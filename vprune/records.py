@@ -112,7 +112,8 @@ class TowerImage:
     `grid` is the grid (t, h, w) of the visual tokens that it becomes; `fingerprint` a checksum of the pixels,
     `received` the attention its tokens' patches receive, `entropy` that of their pixels (both float32 [t * h * w]) and
     `small_grid` the grid (h', w') it was resized to, each only when the method asked for it. `call` numbers the runs of
-    the tower: pictures and videos are read in runs of their own.
+    the tower: pictures and videos are read in runs of their own. `early` tells that it ran before the forward that
+    reads what it made, as `generate` does it.
     """
 
     grid: Grid
@@ -121,6 +122,7 @@ class TowerImage:
     entropy: Tensor | None = None
     small_grid: tuple[int, int] | None = None
     call: int = 0
+    early: bool = False
 
 
 @dataclass

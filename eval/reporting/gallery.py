@@ -90,7 +90,7 @@ def _has_map(entry: Entry) -> bool:
     from vprune.pruner import load_method
 
     try:
-        return load_method(entry.method).scorer is not None
+        return load_method(_job(entry.run).method_source).scorer is not None
     except VPruneError:
         return False
 
@@ -144,7 +144,7 @@ def _answer_again(entry: Entry, sample: Sample, benchmark: Benchmark, loaded: An
     from vprune.eval.predictor import Predictor
     from vprune.pruner import load_method
 
-    method = load_method(entry.method, **_job(entry.run).method_options)
+    method = load_method(_job(entry.run).method_source, **_job(entry.run).method_options)
     with prune(loaded.model, method=method) as pruning:
         predictor = Predictor(
             loaded,

@@ -1,10 +1,13 @@
-"""The operations on the hot path: a plain reference each, and where it pays a kernel of the same name and signature.
+"""The operations on the hot path: a plain reference each, and beside it a kernel of the same name and signature.
 
-`backend` is `auto` (the fastest that runs here), or the name of one: a backend asked for by name never falls back.
+`backend` is `auto` (Triton for tensors on a CUDA device, else torch), or the name of one: a backend asked for by name
+never falls back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.util import find_spec
 from types import ModuleType
 
 from torch import Tensor
@@ -12,22 +15,46 @@ from torch import Tensor
 from vprune.errors import VPruneError
 from vprune.kernels import reference
 
-__all__ = ["BACKENDS", "backend_module", "column_mass", "compact", "recycle"]
+__all__ = ["BACKENDS", "backend_module", "column_mass", "compact", "compact_batch", "compact_kv", "recycle", "select"]
 
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "triton")
+_TRITON_INSTALLED = find_spec("triton") is not None
 
 
-def backend_module(backend: str = "auto") -> ModuleType:
+def backend_module(backend: str = "auto", operation: str | None = None, *inputs: Tensor) -> ModuleType:
     """Return the module that implements the operations for `backend`.
 
+    Args:
+        backend: "auto", "torch" or "triton".
+        operation: the one that is to run, to learn whether there is a kernel for such inputs; None = any.
+        inputs: its tensors.
+
     Raises:
-        VPruneError: the backend is unknown or not available in this installation.
+        VPruneError: the backend is unknown, not available in this installation, or has no kernel for these inputs.
+
+    Example:
+        >>> backend_module("auto", "compact", torch.zeros(1, 2, 3)).__name__
+        'vprune.kernels.reference'
     """
-    if backend == "triton":
-        raise VPruneError("backend='triton': this version has no Triton kernels; use backend='auto' or 'torch'")
     if backend not in BACKENDS:
         raise VPruneError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
-    return reference
+    if backend == "torch" or (backend == "auto" and not (_TRITON_INSTALLED and inputs and _all_on_cuda(inputs))):
+        return reference
+    if not _TRITON_INSTALLED:
+        raise VPruneError("backend='triton': the package triton is not installed; pip install triton, or use 'auto'")
+    # On first use: importing Triton takes a second, and whoever has no GPU needs none of it.
+    import vprune.kernels.triton_ops as triton_ops
+
+    reason = None if operation is None else triton_ops.why_not(operation, *inputs)
+    if reason is None:
+        return triton_ops
+    if backend == "auto":
+        return reference
+    raise VPruneError(f"backend='triton': {reason}; use backend='auto' or 'torch'")
+
+
+def _all_on_cuda(inputs: Sequence[Tensor]) -> bool:
+    return all(one.is_cuda for one in inputs)
 
 
 def column_mass(
@@ -44,7 +71,7 @@ def column_mass(
     backend: str = "auto",
 ) -> Tensor:
     """Attention that every key receives from some query rows; see `reference.column_mass`."""
-    result: Tensor = backend_module(backend).column_mass(
+    result: Tensor = backend_module(backend, "column_mass", query, key).column_mass(
         query,
         key,
         scale=scale,
@@ -60,11 +87,45 @@ def column_mass(
 
 def compact(tokens: Tensor, index: Tensor, *, backend: str = "auto") -> Tensor:
     """Gather rows into a shorter, left-padded batch; see `reference.compact`."""
-    result: Tensor = backend_module(backend).compact(tokens, index)
+    result: Tensor = backend_module(backend, "compact", tokens, index).compact(tokens, index)
+    return result
+
+
+def compact_batch(
+    tokens: Tensor, index: Tensor, positions: Tensor, masks: Tensor | None = None, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gather rows, their position ids and their masks in one pass; see `reference.compact_batch`."""
+    module = backend_module(backend, "compact_batch", tokens, index, positions)
+    result: tuple[Tensor, Tensor, Tensor | None] = module.compact_batch(tokens, index, positions, masks)
+    return result
+
+
+def compact_kv(
+    keys: Sequence[Tensor], values: Sequence[Tensor], index: Tensor, *, backend: str = "auto"
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Gather rows of the keys and values of many layers in one launch; see `reference.compact_kv`."""
+    module = backend_module(backend, "compact_kv", index, *keys, *values)
+    result: tuple[list[Tensor], list[Tensor]] = module.compact_kv(keys, values, index)
     return result
 
 
 def recycle(tokens: Tensor, source: Tensor, lengths: Tensor, weights: Tensor, *, backend: str = "auto") -> Tensor:
     """Weighted sums of groups of rows; see `reference.recycle`."""
-    result: Tensor = backend_module(backend).recycle(tokens, source, lengths, weights)
+    module = backend_module(backend, "recycle", tokens, source, lengths, weights)
+    result: Tensor = module.recycle(tokens, source, lengths, weights)
+    return result
+
+
+def select(
+    scores: Tensor,
+    count: int | Tensor,
+    *,
+    width: int | None = None,
+    ties: Tensor | None = None,
+    valid: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The columns of the highest scores, ascending, left-padded with -1; see `reference.select`."""
+    module = backend_module(backend, "select", scores)
+    result: Tensor = module.select(scores, count, width=width, ties=ties, valid=valid)
     return result

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from vprune.errors import VPruneError
 
 _ROWS_AT_ONCE = 512  # bounds the score matrix of `column_mass` to heads x 512 x keys, whatever the number of rows
 
@@ -69,7 +73,7 @@ def column_mass(
         total = torch.maximum(total, weights.amax((1, 2))) if pool == "max" else total + weights.sum((1, 2))
     if pool == "max":
         return total
-    counted = row_valid.sum(-1, keepdim=True).clamp(min=1) if row_valid is not None else count
+    counted = row_valid.sum(-1, keepdim=True).clamp(min=1) if row_valid is not None else max(count, 1)
     return total / (counted * heads)
 
 
@@ -85,6 +89,61 @@ def compact(tokens: Tensor, index: Tensor) -> Tensor:
     """
     gathered = tokens.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, tokens.shape[-1]))
     return gathered.masked_fill((index < 0)[..., None], 0)
+
+
+def compact_batch(
+    tokens: Tensor, index: Tensor, positions: Tensor, masks: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Shorten a batch: the same rows of its embeddings, position ids and masks.
+
+    Args:
+        tokens: [B, L, D].
+        index: LongTensor [B, K], the row to stand at each place, -1 = padding.
+        positions: integers [B, L], or [P, B, L] for rotations with P coordinates; one row may serve all samples.
+        masks: bool [B, L] or [M, B, L], None when there are none.
+
+    Returns:
+        [B, K, D], [B, K] or [P, B, K], [B, K] or [M, B, K]. Padding has zeros, the position of column 0, and False.
+
+    Example:
+        >>> tokens, index = torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[-1, 0, 2]])
+        >>> compact_batch(tokens, index, torch.tensor([[7, 8, 9]]))[1]
+        tensor([[7, 7, 9]])
+    """
+    positions = _columns(positions, index)
+    if masks is not None:
+        masks = _columns(masks, index) & (index >= 0)
+    return compact(tokens, index), positions, masks
+
+
+def _columns(per_column: Tensor, index: Tensor) -> Tensor:
+    places = index.clamp(min=0).expand(*per_column.shape[:-2], *index.shape)
+    return per_column.expand(*places.shape[:-1], per_column.shape[-1]).gather(-1, places)
+
+
+def compact_kv(keys: Sequence[Tensor], values: Sequence[Tensor], index: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Gather the same rows of the keys and values of many layers into shorter, left-padded ones.
+
+    Args:
+        keys: a layer each, [B, G, L, D], all of one shape and dtype.
+        values: the same for the values.
+        index: LongTensor [B, K], the row to stand at each place, -1 = padding.
+
+    Returns:
+        Keys and values, a layer each, [B, G, K, D], zeros where the index is -1; those of one device share storage.
+
+    Example:
+        >>> key = torch.arange(3.0).view(1, 1, 3, 1)
+        >>> compact_kv([key], [-key], torch.tensor([[0, 2]]))[1][0].flatten()
+        tensor([0., -2.])
+    """
+
+    def shorter(stored: Tensor) -> Tensor:
+        places = index.to(stored.device)[:, None, :, None]
+        rows = stored.gather(2, places.clamp(min=0).expand(-1, stored.shape[1], -1, stored.shape[3]))
+        return rows.masked_fill(places < 0, 0)
+
+    return [shorter(key) for key in keys], [shorter(value) for value in values]
 
 
 def recycle(tokens: Tensor, source: Tensor, lengths: Tensor, weights: Tensor) -> Tensor:
@@ -105,3 +164,62 @@ def recycle(tokens: Tensor, source: Tensor, lengths: Tensor, weights: Tensor) ->
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     shares = tokens[source].to(dtype) * weights.to(dtype)[:, None]
     return torch.segment_reduce(shares, "sum", lengths=lengths, axis=0).to(tokens.dtype)
+
+
+def select(
+    scores: Tensor,
+    count: int | Tensor,
+    *,
+    width: int | None = None,
+    ties: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """The columns of the highest scores, in their own order, without asking the device for anything.
+
+    Args:
+        scores: [B, N]; not-a-number counts as the least.
+        count: how many to take of every row: an int, or LongTensor [B]; no more are taken than are valid.
+        width: K, the columns of the result; needed when `count` is a tensor, which may not exceed it.
+        ties: LongTensor [N] or [B, N], distinct ranks 0..N-1: of equal scores the one of the lowest rank is taken
+            first, None = the leftmost.
+        valid: bool [B, N], columns that may be taken.
+
+    Returns:
+        LongTensor [B, K]: the columns taken, ascending, left-padded with -1.
+
+    Example:
+        >>> select(torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]]), torch.tensor([2, 1]), width=2)
+        tensor([[ 1,  2],
+                [-1,  0]])
+    """
+    batch, length = scores.shape
+    columns = torch.arange(length, device=scores.device)
+    width = chosen_width(count, width)
+    merit = torch.where(scores.isnan(), -torch.inf, scores)
+    by_rank = (columns if ties is None else ties.argsort(-1)).expand(batch, -1)
+    order = by_rank.gather(-1, merit.gather(-1, by_rank).argsort(dim=-1, descending=True, stable=True))
+    if valid is not None:  # the valid ones first, their order unchanged
+        order = order.gather(-1, valid.gather(-1, order).to(torch.uint8).argsort(dim=-1, descending=True, stable=True))
+    available = torch.full((batch, 1), length, device=scores.device) if valid is None else valid.sum(-1, keepdim=True)
+    asked = count.to(scores.device)[:, None] if isinstance(count, Tensor) else count
+    taken = available.clamp(max=asked).clamp(min=0, max=width)
+    kept = torch.zeros((batch, length), dtype=torch.bool, device=scores.device).scatter(-1, order, columns < taken)
+    places = torch.where(kept, width - taken + kept.cumsum(-1) - 1, width)
+    # Columns that are not taken go to a place of their own behind the last one, which is cut off again.
+    index = torch.full((batch, width + 1), -1, dtype=torch.long, device=scores.device)
+    return index.scatter(-1, places, columns.expand(batch, -1))[:, :width]
+
+
+def chosen_width(count: int | Tensor, width: int | None) -> int:
+    """The columns that `select` returns.
+
+    Raises:
+        VPruneError: `count` is a tensor and `width` is not given, or a number is negative.
+    """
+    if width is None:
+        if isinstance(count, Tensor):
+            raise VPruneError("select: count is a tensor, so width, the most that any row takes, must be given")
+        width = count
+    if width < 0 or (isinstance(count, int) and count < 0):
+        raise VPruneError(f"select: count={count} width={width}: give 0 or above")
+    return width

@@ -33,7 +33,7 @@ def test_the_folder_follows_from_the_configuration() -> None:
         "runs/embedded-scenes-limit_9-seed_3-blank/random-57"
     ]
     assert folders("keep=0.5", "recycle=grid", "size_aware=true") == [
-        "runs/embedded-scenes/attention-0.5-recycle_grid-size_aware_true"
+        "runs/embedded-scenes/learned-0.5-recycle_grid-size_aware_true"
     ]
     assert folders("out=here/it is") == ["here/it is"]
 

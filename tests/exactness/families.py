@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -306,3 +307,23 @@ def lined_batch(kind: str | Layout, dtype: torch.dtype, video: bool, model: Any)
     length = iter(lengths)
     visual = VIDEO if video else IMAGE
     return {**layout.padded([[[*[visual] * next(length), 15] for _ in sizes] for sizes in layout.sizes]), **inputs}
+
+
+def rope_index(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Qwen's own positions of a prompt, [3, B, L], and how far text is behind its column after it, [B, 1]."""
+    names = signature(model.model.get_rope_index).parameters
+    found: tuple[Tensor, Tensor] = model.model.get_rope_index(
+        **{name: value for name, value in inputs.items() if name in names}
+    )
+    return found
+
+
+def positions_behind(model: Any, inputs: dict[str, Tensor], mask: Tensor) -> Tensor:
+    """Qwen's positions of a prompt and of the text behind it that `mask` [B, L] goes on with, [3, B, L].
+
+    Text goes on from the prompt's last position, as in `generate`. (The model alone would go on from the largest one,
+    which is another where a video has more frames than rows and columns.)
+    """
+    prompt, _ = rope_index(model, inputs)
+    behind = mask[:, prompt.shape[-1] :].cumsum(-1)
+    return torch.cat([prompt, (prompt[..., -1:] + behind).clamp(min=0)], -1)

@@ -24,6 +24,8 @@ from tests.exactness.families import (
     batch,
     build,
     lined_batch,
+    positions_behind,
+    rope_index,
 )
 from tests.exactness.test_families import text_positions, visual_columns
 
@@ -107,6 +109,39 @@ def ovis2() -> Any:
     )
 
 
+def pixtral() -> Any:
+    """LLaVA around a tower that reads pictures of unequal sizes in one row."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    tower = {**_TOWER, "model_type": "pixtral", "head_dim": 8, "image_size": 64, "patch_size": 8}
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config=_LLAMA,
+            vision_config=tower,
+            image_token_id=IMAGE,
+            vision_feature_select_strategy="full",
+            vision_feature_layer=-1,
+        )
+    )
+
+
+def got_ocr2() -> Any:
+    """Its convolutions merge 4 x 4 patches, which no config says."""
+    from transformers import GotOcr2Config, GotOcr2ForConditionalGeneration
+
+    tower = {
+        **_TOWER,
+        "output_channels": 16,
+        "image_size": 64,
+        "window_size": 4,
+        "global_attn_indexes": [1],
+        "mlp_dim": 48,
+    }
+    return GotOcr2ForConditionalGeneration(
+        GotOcr2Config(text_config={"model_type": "qwen2", **TEXT}, vision_config=tower, image_token_id=IMAGE)
+    )
+
+
 def mistral3() -> Any:
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
@@ -143,9 +178,14 @@ MORE: dict[str, Callable[[], Any]] = {
     "cohere2_vision": cohere2_vision,
     "ovis2": ovis2,
     "mistral3": mistral3,
+    "pixtral": pixtral,
+    "got_ocr2": got_ocr2,
     "paligemma": paligemma,
 }
 TEN = (*FAMILIES, "llava")  # those that the README names
+MERGING = ("aya_vision", "cohere2_vision", "ovis2", "mistral3")  # fewer tokens than patches, as their configs say
+# Said by a model, these would be read as its own marks of pictures where the whole text is read at once.
+MARKS = [BREAK, 95, 96, 97, 98, 99]
 
 
 @cache
@@ -162,8 +202,10 @@ def inputs_of(family: str, kind: str, dtype: torch.dtype = torch.float64, video:
     if family in (*LINED, "llava_next_video"):
         return lined_batch(kind, dtype, video, made(family, dtype))
     inputs = batch(family, kind, dtype, video)
-    if family == "mistral3":
+    if family in ("mistral3", "pixtral"):
         inputs = _in_lines(kind, dtype)
+    if family == "got_ocr2":
+        inputs["pixel_values"] = inputs["pixel_values"].repeat(1, 1, 2, 2)  # its pictures are 64 x 64
     if family == "paligemma":
         inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])  # all of it is prefix
     return inputs
@@ -178,7 +220,7 @@ def _without_line_breaks(kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _in_lines(kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Mistral 3: pictures padded to one size, a token at the end of every line."""
+    """Mistral 3 and Pixtral: pictures padded to one size, a token at the end of every line."""
     sizes = [size for row in KINDS[kind] for size in row]
     draw = torch.Generator().manual_seed(3)
     high, wide = (max(size[n] for size in sizes) for n in (0, 1))
@@ -205,20 +247,9 @@ def _padded(pictures: Sequence[Sequence[list[int]]]) -> Tensor:
 
 def positions_of(family: str, model: Any, inputs: dict[str, Tensor], mask: Tensor, newest: int) -> Tensor:
     """The position ids of the `newest` columns of `mask` [B, L], text all of them, after the prompt `inputs`."""
-    positions = text_positions(mask)[:, -newest:]
-    if family not in QWEN:
-        return positions
-    _, deltas = rope_index(model, inputs)  # pictures take fewer positions than they have tokens
-    return (positions + deltas)[None].expand(3, -1, -1)
-
-
-def rope_index(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Qwen's own positions of a prompt, [3, B, L], and how far text is behind its column after it, [B, 1]."""
-    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
-    found: tuple[Tensor, Tensor] = model.model.get_rope_index(
-        **{name: inputs[name] for name in names if name in inputs}
-    )
-    return found
+    if family in QWEN:
+        return positions_behind(model, inputs, mask)[..., -newest:]
+    return text_positions(mask)[:, -newest:]
 
 
 def prefill_positions(family: str, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

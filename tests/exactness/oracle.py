@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.exactness.agreement import generate
+
 IMAGE_TOKEN = 4
 
 
@@ -96,11 +98,10 @@ def seeing(model: Any, sight: Sight) -> Iterator[None]:
 def oracle_generate(model: Any, sight: Sight, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
     """`generate` of the full model that sees only `sight`."""
     with seeing(model, sight):
-        return model.generate(
+        return generate(
+            model,
             input_ids=input_ids,
             attention_mask=attention_mask,
             use_cache=False,
-            output_logits=True,
-            return_dict_in_generate=True,
             **options,
         )

@@ -3,19 +3,21 @@ upgrade of the library."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from inspect import signature
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.exactness.families import FAMILIES, batch, build
+from tests.exactness.more_families import MORE, inputs_of
 
 ATTACH, ANATOMY, TOWER = "vprune/attach.py", "vprune/models/anatomy.py", "vprune/models/tower.py"
 CACHE, MASKS, PREFILL, PROBE = (f"vprune/models/{name}.py" for name in ("cache", "masks", "prefill", "probe"))
-PASSAGE = "vprune/passage.py"
+PASSAGE, MERGING = "vprune/passage.py", "vprune/models/merging.py"
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 TILED = ("llava_next", "llava_onevision")
 
@@ -48,6 +50,11 @@ def seen_by(module: nn.Module, run: Callable[[], Any]) -> list[tuple[tuple[Any, 
     finally:
         hook.remove()
     return calls
+
+
+def named_caches(names: Iterable[str]) -> set[str]:
+    """What the cache is called: `cache` from transformers 5.24 on, `past_key_values` before (vprune.models.cache)."""
+    return {"cache", "past_key_values"} & set(names)
 
 
 PARTS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
@@ -93,10 +100,11 @@ PARTS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     ),
     "attention-arguments": (
         lambda m: (
-            {"hidden_states", "position_embeddings", "attention_mask", "past_key_values"}
+            {"hidden_states", "position_embeddings", "attention_mask"}
             <= set(signature(m.get_decoder().layers[0].self_attn.forward).parameters)
+            and named_caches(signature(m.get_decoder().layers[0].self_attn.forward).parameters)
         ),
-        "self_attn takes hidden_states, position_embeddings, attention_mask and past_key_values by name",
+        "self_attn takes hidden_states, position_embeddings, attention_mask and cache (or past_key_values) by name",
         PROBE,
     ),
 }
@@ -113,8 +121,9 @@ def test_a_family_names_its_parts(made: Any, family: str, part: str) -> None:
 def test_the_decoder_is_called_by_name(made: Any, family: str) -> None:
     model, inputs = made(family), batch(family, "padded", torch.float32)
     ((args, kwargs),) = seen_by(model.get_decoder(), lambda: model(**inputs))
-    named = {"inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
+    named = {"inputs_embeds", "attention_mask", "position_ids"}
     stands(not args and named <= set(kwargs), f"{family} calls its decoder with {sorted(named)} by name", ATTACH)
+    stands(named_caches(kwargs), f"{family} calls its decoder with cache or past_key_values by name", CACHE)
     ((args, kwargs),) = seen_by(model.model, lambda: model(**inputs))
     stands("attention_mask" in kwargs and "pixel_values" in kwargs, f"{family} passes pixels on by name", ATTACH)
     masks = kwargs["attention_mask"]
@@ -127,7 +136,8 @@ def test_layers_are_called_with_hidden_states_first(made: Any, family: str) -> N
     for layer in model.get_decoder().layers:
         ((args, kwargs),) = seen_by(layer, lambda: model(**inputs))
         stands(args and args[0].shape[:2] == inputs["input_ids"].shape, "args[0] of a layer is [B, L, D]", ATTACH)
-        named = {"attention_mask", "position_embeddings", "past_key_values"} - set(kwargs)
+        stands(named_caches(kwargs), f"{family} calls its layers with cache or past_key_values by name", CACHE)
+        named = {"attention_mask", "position_embeddings"} - set(kwargs)
         stands(not named, f"{family} calls its layers with {sorted(named)} by name", PASSAGE)
         rope = kwargs["position_embeddings"]
         stands(isinstance(rope, tuple) and len(rope) == 2, "position_embeddings are (cosines, sines)", PASSAGE)
@@ -149,6 +159,10 @@ def test_the_tower_is_given_pixels(made: Any, family: str) -> None:
 
 SIDES = {
     **{family: lambda c: c.vision_config.spatial_merge_size for family in QWEN},
+    "mistral3": lambda c: c.spatial_merge_size,
+    "aya_vision": lambda c: c.downsample_factor,
+    "cohere2_vision": lambda c: c.downsample_factor,
+    "ovis2": lambda c: c.vision_config.hidden_stride,
     "internvl": lambda c: c.downsample_ratio,
     "idefics3": lambda c: c.scale_factor,
     "smolvlm": lambda c: c.scale_factor,
@@ -158,9 +172,19 @@ SIDES = {
 
 @pytest.mark.parametrize("family", SIDES)
 def test_the_config_tells_how_patches_merge(made: Any, family: str) -> None:
-    stands(
-        isinstance(SIDES[family](made(family).config), (int, float)), f"{family}'s config has its merge side", ANATOMY
-    )
+    with patch.dict(FAMILIES, MORE):
+        config = made(family).config
+    stands(isinstance(SIDES[family](config), (int, float)), f"{family}'s config has its merge side", MERGING)
+
+
+@pytest.mark.parametrize("family", ["mistral3", "pixtral"])
+def test_pictures_of_unequal_sizes_are_given_with_these(made: Any, family: str) -> None:
+    with patch.dict(FAMILIES, MORE):
+        model, inputs = made(family), inputs_of(family, "several", torch.float32)
+    ((_, kwargs),) = seen_by(model.model.vision_tower, lambda: model(**inputs))
+    sizes = kwargs.get("image_sizes")
+    told = sizes is not None and torch.equal(torch.as_tensor(sizes), inputs["image_sizes"])
+    stands(told, f"{family}'s tower is given image_sizes by name, in pixels", TOWER)
 
 
 @pytest.mark.parametrize("family", TILED)

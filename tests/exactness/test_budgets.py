@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vprune
-from tests.exactness.families import batch, build
+from tests.exactness.agreement import agree
+from tests.exactness.families import VIDEOS, batch, build
+from tests.exactness.more_families import TEN, inputs_of, made
 from tests.exactness.prompts import batch as prompts
 from tests.exactness.test_families import generated, line_breaks, masked, stepped
 from vprune.budgets import Budget, contested, proportional
@@ -65,9 +67,9 @@ def test_shares_use_the_budget_up(sizes: list[int], minimum: int, data: Any) -> 
 
 @pytest.mark.parametrize("budget", ["image", "sample", "frame"])
 @pytest.mark.parametrize("options", [{}, {"recycle": "grid", "cells": 4, "size_aware": True}], ids=["plain", "sizes"])
-@pytest.mark.parametrize(("family", "video"), [("qwen2_vl", False), ("qwen2_vl", True), ("llava_onevision", True)])
+@pytest.mark.parametrize(("family", "video"), [*((one, False) for one in TEN), *((one, True) for one in VIDEOS)])
 def test_every_budget_equals_the_masked_model(family: str, video: bool, options: dict[str, Any], budget: str) -> None:
-    model, inputs = build(family, torch.float64), batch(family, "mixed", torch.float64, video)
+    model, inputs = made(family), inputs_of(family, "mixed", video=video)
     with vprune.prune(model, "attention", keep=0.3, budget=budget, minimum=2, **options) as pruning:
         pruned = generated(model, inputs)
     reports = list(pruning.last or [])
@@ -84,8 +86,7 @@ def test_every_budget_equals_the_masked_model(family: str, video: bool, options:
     breaks = line_breaks(model, inputs)
     with masked(model, inputs["input_ids"], inputs["attention_mask"], reports, bool(options), breaks):
         oracle = stepped(model, inputs, pruned.sequences)
-    for mine, theirs in zip(pruned.logits, oracle, strict=True):
-        torch.testing.assert_close(mine, theirs.to(mine.dtype), rtol=0, atol=1e-12)
+    agree(pruned.logits, oracle)
 
 
 def test_a_count_holds_for_a_picture_in_tiles() -> None:

@@ -1,18 +1,19 @@
-"""Models that others have already laid hands on: dispatched over devices, quantised, adapted, wrapped, compiled."""
+"""Models that others have already laid hands on: dispatched over devices, and quantised."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import vprune
 from tests.conftest import build_model
+from tests.exactness.agreement import agree, generate
 from tests.exactness.families import batch, build
 from tests.exactness.prompts import batch as prompts
 from tests.exactness.test_families import generated, line_breaks, masked, stepped
@@ -26,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "probe-below": {"method": "attention", "layer": 1},
     "sizes": {"method": "attention", "recycle": "grid", "cells": 4, "size_aware": True},
 }
-NOT_HERE = {("gemma3", "sizes"), ("gemma3", "probe-below"), ("qwen3_vl", "probe-below")}
+NOT_HERE = {("gemma3", "probe-below"), ("qwen3_vl", "probe-below")}  # refused: test_stages.py
 CASES = [(family, method) for family in FAMILIES for method in METHODS if (family, method) not in NOT_HERE]
 STATIC: dict[str, Any] = {"cache_implementation": "static", "disable_compile": True}
 ACROSS = 1e-5  # rotations and the logits that `generate` hands out are float32 whatever the model's dtype
@@ -43,9 +44,7 @@ def padded(processor: Any, family: str, dtype: torch.dtype = torch.float64) -> d
 
 def said(model: Any, inputs: dict[str, Tensor], **options: Any) -> list[Tensor]:
     """The logits of the prefill and of four decoding steps."""
-    out = model.generate(
-        **inputs, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True, **options
-    )
+    out = generate(model, **inputs, max_new_tokens=5, do_sample=False, **options)
     return [one.cpu() for one in out.logits]
 
 
@@ -211,21 +210,6 @@ class Int8Linear(nn.Module):
         return nn.functional.linear(hidden, weight, self.bias)
 
 
-class LowRank(nn.Module):
-    """A linear layer with an adapter beside it, in its place."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        dtype = linear.weight.dtype
-        self.base_layer = linear
-        self.lora_A = nn.Linear(linear.in_features, 2, bias=False).to(dtype)
-        self.lora_B = nn.Linear(2, linear.out_features, bias=False).to(dtype)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        result: Tensor = self.base_layer(hidden) + self.lora_B(self.lora_A(hidden))
-        return result
-
-
 def with_linears(model: Any, made_of: Callable[[nn.Linear], nn.Module], names: tuple[str, ...] = ()) -> Any:
     """The model with every linear layer (of those `names`) exchanged."""
     for parent in list(model.modules()):
@@ -244,7 +228,7 @@ def equals_the_masked_model(called: Any, model: Any, inputs: dict[str, Tensor], 
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     with masked(model, ids, mask, reports, "size_aware" in how, line_breaks(model, inputs)):
         oracle = stepped(model, inputs, out.sequences)
-    close(list(out.logits), oracle, 1e-11)
+    agree(out.logits, oracle, 1e-11)
     assert float((out.logits[0] - stepped(model, inputs, out.sequences)[0]).abs().max()) > 1e-2  # the control
 
 
@@ -285,8 +269,6 @@ def test_dynamic_quantisation_runs(tiny_processor: Any, family: str) -> None:
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 def test_bitsandbytes(tiny_processor: Any, tmp_path: Path, family: str, bits: int) -> None:
     pytest.importorskip("bitsandbytes")
-    transformers: Any = pytest.importorskip("transformers")
-
     made(family, torch.float16).save_pretrained(tmp_path)
     config = transformers.BitsAndBytesConfig(
         load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_compute_dtype=torch.float16
@@ -298,102 +280,3 @@ def test_bitsandbytes(tiny_processor: Any, tmp_path: Path, family: str, bits: in
     assert not model.get_decoder().layers[0].self_attn.q_proj.weight.is_floating_point()
     assert all(one.isfinite().all() for method in METHODS.values() for one in pruned(model, inputs, method))
     assert equal(pruned_to_all(model, inputs), said(model, inputs))
-
-
-class Tuner(nn.Module):
-    """Holds the model as `.model`, as an adapter's tuner does, and passes all else on to it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.model, name)
-
-
-class Adapted(nn.Module):
-    """The model at `.base_model.model`; `generate`, `forward` and (if `open_`) all other names reach it."""
-
-    def __init__(self, model: nn.Module, open_: bool = True) -> None:
-        super().__init__()
-        self.base_model = Tuner(model)
-        self.open_ = open_
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model(*args, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model.generate(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "open_" or not self.open_:
-                raise
-            return getattr(self.base_model, name)
-
-
-@pytest.mark.parametrize(("family", "method"), INPUT_STAGE)
-def test_pruning_through_an_adapter(family: str, method: str) -> None:
-    model = with_linears(made(family), LowRank, ("q_proj", "v_proj"))
-    equals_the_masked_model(Adapted(model), model, batch(family, "padded", torch.float64), METHODS[method])
-
-
-def test_an_adapter_is_the_model_that_it_wraps(tiny_processor: Any) -> None:
-    model, inputs = made("llava"), padded(tiny_processor, "llava")
-    wrapped, how = Adapted(model), METHODS["stage"]
-    assert equal(pruned(wrapped, inputs, how), pruned(model, inputs, how))
-    with (
-        vprune.prune(wrapped, "random"),
-        pytest.raises(vprune.VPruneError, match="already"),
-        vprune.prune(model, "random"),
-    ):
-        pass
-
-
-@pytest.mark.xfail(raises=AttributeError, reason="transformers < 5.17 keeps the cache on the model inside the adapter")
-def test_an_adapter_with_a_static_cache(tiny_processor: Any) -> None:
-    model, inputs, how = made("llava"), padded(tiny_processor, "llava"), METHODS["attention"]
-    alone, full = pruned(model, inputs, how, **STATIC), said(model, inputs, **STATIC)
-    assert equal(pruned(Adapted(model), inputs, how, **STATIC), alone)
-    assert equal(said(model, inputs, **STATIC), full)
-
-
-def test_peft(tiny_processor: Any) -> None:
-    peft = pytest.importorskip("peft")
-    for family in ("qwen2_vl", "llava_onevision"):
-        model, inputs = made(family, torch.float64), batch(family, "padded", torch.float64)
-        adapter = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        tuned = peft.get_peft_model(model, adapter, autocast_adapter_dtype=False).to(torch.float64).eval()
-        equals_the_masked_model(tuned, model, inputs, METHODS["attention"])
-        assert not equal(said(tuned, inputs), said(made(family), inputs))  # the adapter is at work
-        pruned(tuned, inputs, METHODS["stage"])
-
-
-@pytest.mark.xfail(strict=True, reason="the refusal does not say yet what to pass instead")
-@pytest.mark.parametrize(
-    ("wrap", "remedy"),
-    [(nn.DataParallel, r"\.module"), (lambda model: Adapted(model, open_=False), r"base_model\.model|inside it|wraps")],
-    ids=["data-parallel", "closed"],
-)
-def test_a_wrapper_that_hides_the_model_is_refused(tiny_vlm: Any, wrap: Any, remedy: str) -> None:
-    with pytest.raises(vprune.VPruneError, match=remedy):
-        vprune.prune(wrap(tiny_vlm()), "attention")
-
-
-def test_a_model_compiled_as_a_whole_is_refused(tiny_vlm: Any) -> None:
-    with pytest.raises(vprune.VPruneError, match="prune the model as it was"):
-        vprune.prune(torch.compile(tiny_vlm()), "attention")
-    parts: list[Callable[[Any], Any]] = [lambda one: one, lambda one: one.model, lambda one: one.get_decoder()]
-    for part in parts:
-        compiled = copy.deepcopy(tiny_vlm())
-        part(compiled).compile()
-        with pytest.raises(vprune.VPruneError, match="prune the model as it was"):
-            vprune.prune(compiled, "attention")

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
 import vprune
+from tests.exactness.agreement import EXACT, agree, differ, generate
 from tests.exactness.families import IMAGE, QWEN, VIDEO, VIDEOS
 from tests.exactness.more_families import (
     TEN,
@@ -25,18 +26,7 @@ from tests.exactness.test_families import generated, line_breaks, masked, steppe
 
 # A random model may say padding or placeholders, which the oracle would take for padding and pictures.
 NEVER = {"suppress_tokens": [0, IMAGE, VIDEO]}
-EXACT = 1e-12
 families = pytest.mark.parametrize("family", TEN)
-
-
-def agree(mine: Any, theirs: Any, tolerance: float = EXACT) -> None:
-    for one, other in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(one, other.to(one.dtype), rtol=0, atol=tolerance)
-
-
-def differ(mine: Any, theirs: Any, rows: set[int]) -> None:
-    """The control: were nothing pruned, the comparison with the oracle would pass as well."""
-    assert rows and all(float((mine[0] - theirs[0])[row].abs().max()) > 1e-2 for row in rows)
 
 
 def oracle(model: Any, inputs: dict[str, Tensor], reports: list[Any]) -> AbstractContextManager[None]:
@@ -90,14 +80,13 @@ def test_sampled_words_have_the_likelihoods_of_the_masked_model(family: str, kin
     model, inputs = made(family), inputs_of(family, kind)
     torch.manual_seed(5)
     with vprune.prune(model, "attention", keep=0.3) as pruning:
-        pruned = model.generate(
+        pruned = generate(
+            model,
             **inputs,
             max_new_tokens=6,
             do_sample=True,
             temperature=0.7,
             top_k=20,
-            output_logits=True,
-            return_dict_in_generate=True,
             **NEVER,
         )
     reports = list(pruning.last or [])

@@ -9,6 +9,7 @@ import torch
 
 import vprune
 from tests.conftest import build_model
+from tests.exactness.agreement import agree, generate
 from tests.exactness.oracle import full_sight, oracle_generate, without_pruned
 from tests.exactness.prompts import KINDS, batch
 
@@ -42,14 +43,13 @@ def test_it_equals_the_masked_model(tiny_processor: Any, method: str, options: d
     inputs = on_gpu(tiny_processor, kind, torch.float64)
     more: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
     with vprune.prune(model, method, keep=0.3, **options) as pruning:
-        pruned = model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **more)
+        pruned = generate(model, **inputs, **more)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     sight = full_sight(model, ids, mask, inputs["pixel_values"])
     sight = without_pruned(sight, ids, list(pruning.last or []), bool(options))
     oracle = oracle_generate(model, sight, ids, mask, **more)
     assert torch.equal(pruned.sequences, oracle.sequences)
-    for mine, theirs in zip(pruned.logits, oracle.logits, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
+    agree(pruned.logits, oracle.logits, 1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,8 +60,11 @@ def test_backends_agree_on_a_pruned_prompt(tiny_processor: Any, attention: str, 
     for name in ("sdpa", attention):
         model = build_model(attention=name, width=64).cuda()
         with torch.no_grad(), vprune.prune(model, "uniform", keep=0.3):
-            out = model.generate(
-                **inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+            out = generate(
+                model,
+                **inputs,
+                max_new_tokens=4,
+                do_sample=False,
             )
         logits.append(torch.stack(out.logits))
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=2e-2)

@@ -18,11 +18,11 @@ METHODS = [name for name in vprune.method_names() if name != "full"]
 TOKENS = GRID * GRID
 PROGRESSIVE = ("vflowopt",)  # fewer and fewer rows: the mean over the layers is the budget, test_vflow.py
 AT_MOST = ("pool", "resize")  # whole grids of cells: as near the budget as a grid comes
-OPTIONS = [
-    {},
-    {"recycle": "grid"},
+OPTIONS: list[dict[str, Any]] = [
+    {"recycle": "none", "size_aware": False},
+    {"recycle": "grid", "size_aware": False},
     {"recycle": "grid", "cells": 4, "size_aware": True},
-    {"recycle": "weighted", "cells": 4},
+    {"recycle": "weighted", "cells": 4, "size_aware": False},
     {"recycle": "nearest", "size_aware": True},
     {"recycle": "anchors", "size_aware": True},
 ]

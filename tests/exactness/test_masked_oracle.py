@@ -12,6 +12,7 @@ from packaging import version
 
 import vprune
 from tests.conftest import picture
+from tests.exactness.agreement import agree, generate
 from tests.exactness.oracle import full_sight, oracle_generate, seeing, without_pruned
 from tests.exactness.prompts import KINDS, batch, chat
 
@@ -25,9 +26,9 @@ MODES: dict[str, dict[str, Any]] = {
     "sample": {"do_sample": True, "temperature": 0.7},
     "returns": {"do_sample": True, "num_return_sequences": 2},
 }
-RECYCLE = {"recycle": "grid", "cells": 4}
+RECYCLE: dict[str, Any] = {"recycle": "grid", "cells": 4, "size_aware": False}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
+    "plain": {"recycle": "none", "size_aware": False},
     "recycle": RECYCLE,
     "sizes": {**RECYCLE, "size_aware": True},
     "weighted": {"recycle": "weighted", "cells": 4, "size_aware": True},
@@ -44,9 +45,7 @@ def compare(
 ) -> None:
     torch.manual_seed(7)
     with vprune.prune(model, method, keep=0.3, **options) as pruning:
-        pruned = model.generate(
-            **inputs, max_new_tokens=steps, output_logits=True, return_dict_in_generate=True, **mode
-        )
+        pruned = generate(model, **inputs, max_new_tokens=steps, **mode)
     assert pruning.last is not None
     copies = mode.get("num_beams", 1) * mode.get("num_return_sequences", 1)
     firsts = [report for report in pruning.last if report.sample % copies == 0]
@@ -59,8 +58,7 @@ def compare(
     torch.manual_seed(7)
     oracle = oracle_generate(model, sight, ids, mask, max_new_tokens=steps, **mode)
     assert torch.equal(pruned.sequences, oracle.sequences)
-    for mine, theirs in zip(pruned.logits, oracle.logits, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=TOLERANCE[model.dtype])
+    agree(pruned.logits, oracle.logits, TOLERANCE[model.dtype])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,9 +94,7 @@ def test_resize_equals_a_tower_that_sees_the_small_image(
     model = tiny_vlm(tower=tower, dtype=torch.float64)
     inputs = batch(tiny_processor, kind, torch.float64)
     with vprune.prune(model, "resize", keep=0.3) as pruning:
-        pruned = model.generate(
-            **inputs, max_new_tokens=4, output_logits=True, return_dict_in_generate=True, do_sample=False
-        )
+        pruned = generate(model, **inputs, max_new_tokens=4, do_sample=False)
     small = torch.nn.functional.interpolate(
         inputs["pixel_values"].float(), (24, 24), mode="bilinear", antialias=True, align_corners=False
     ).double()
@@ -115,8 +111,7 @@ def test_resize_equals_a_tower_that_sees_the_small_image(
         model, lone, inputs["input_ids"], inputs["attention_mask"], max_new_tokens=4, do_sample=False
     )
     assert torch.equal(pruned.sequences, oracle.sequences)
-    for mine, theirs in zip(pruned.logits, oracle.logits, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=TOLERANCE[torch.float64])
+    agree(pruned.logits, oracle.logits)
 
 
 def second_turn(
@@ -154,13 +149,12 @@ def test_a_second_turn_on_the_same_cache(
         said = model.generate(**first, past_key_values=cache, max_new_tokens=3, do_sample=False, suppress_tokens=[4])
         reports = list(pruning.last or [])
         second = second_turn(tiny_processor, said, first["attention_mask"], texts, images * rows)
-        pruned = model.generate(
+        pruned = generate(
+            model,
             **second,
             past_key_values=cache,
             max_new_tokens=6,
             do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
         )
         if images:
             reports += list(pruning.last or [])
@@ -173,8 +167,7 @@ def test_a_second_turn_on_the_same_cache(
     sight = without_pruned(full_sight(model, ids, mask, pixels), ids, reports, bool(options.get("size_aware")))
     oracle = oracle_generate(model, sight, ids, mask, max_new_tokens=6, do_sample=False)
     assert torch.equal(pruned.sequences, oracle.sequences)
-    for mine, theirs in zip(pruned.logits, oracle.logits, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=TOLERANCE[torch.float64])
+    agree(pruned.logits, oracle.logits)
 
 
 @pytest.mark.parametrize("kind", ["single", "padded"])

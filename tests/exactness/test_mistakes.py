@@ -11,13 +11,14 @@ import torch
 
 import vprune
 from tests.conftest import build_model
+from tests.exactness.agreement import refused
 from tests.exactness.prompts import batch
 from vprune.pruner import Pruner, load_method
 from vprune.selection import Random
 
 
 def fails(pattern: str) -> Any:
-    return pytest.raises(vprune.VPruneError, match=pattern)
+    return refused(pattern)
 
 
 @pytest.mark.parametrize("keep", [0, 0.0, 1.5, -3, -0.1, True, False, float("nan"), float("inf"), "abc", "0.1", [1]])
@@ -73,6 +74,20 @@ def test_a_model_that_is_none() -> None:
         vprune.prune(text, "random")
     with fails("str is no vision-language model"):
         vprune.prune("llava", "random")
+
+
+def test_a_model_whose_decoder_is_not_found() -> None:
+    """BLIP-2 holds a whole language model, not a decoder that would read the merged prompt."""
+    from transformers import Blip2Config, Blip2ForConditionalGeneration
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"model_type": "llama", "vocab_size": 32, "num_key_value_heads": 2, **sizes}
+    tower = {**sizes, "image_size": 8, "patch_size": 4}
+    config = Blip2Config(
+        vision_config=tower, qformer_config={**sizes, "vocab_size": 32}, text_config=text, image_token_index=5
+    )
+    with fails("Blip2ForConditionalGeneration: found no text decoder with layers of its own"):
+        vprune.prune(Blip2ForConditionalGeneration(config), "random")
 
 
 def test_a_layer_that_is_not_there(tiny_vlm: Any, tiny_processor: Any) -> None:

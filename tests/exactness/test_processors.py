@@ -17,6 +17,7 @@ from torch import Tensor
 
 import vprune
 from tests.conftest import picture
+from tests.exactness.agreement import agree
 from tests.exactness.families import FAMILIES, IMAGE, LINED, QWEN, VIDEO, VIDEOS, build
 from tests.exactness.processors import PATCH, build_processor, lined_side
 from tests.exactness.test_families import STEPS, generated, line_breaks, masked, stepped
@@ -178,8 +179,7 @@ def check(model: Any, inputs: Any, expected: list[tuple[int, Grid]], **options: 
         oracle = stepped(model, inputs, pruned.sequences)
     full = stepped(model, inputs, pruned.sequences)
     assert len(pruned.logits) == STEPS
-    for mine, theirs in zip(pruned.logits, oracle, strict=True):
-        torch.testing.assert_close(mine, theirs.to(mine.dtype), rtol=0, atol=1e-12)
+    agree(pruned.logits, oracle)
     with_pictures = sorted({sample for sample, _ in expected})
     assert all(float((pruned.logits[0] - full[0])[row].abs().max()) > 1e-2 for row in with_pictures)  # the control
     for row in set(range(len(ids))) - set(with_pictures):
@@ -188,16 +188,11 @@ def check(model: Any, inputs: Any, expected: list[tuple[int, Grid]], **options: 
             torch.testing.assert_close(mine[row], theirs[row], rtol=0, atol=1e-12)
 
 
-def allowed(family: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options without sizes where layers look back a limited way: those are refused, with that reason."""
-    return {name: value for name, value in options.items() if family != "gemma3" or name != "size_aware"}
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_processors_batch_is_pruned_as_the_masked_model(made: Any, family: str) -> None:
     model, processor = made(family)
     inputs = called(processor, PICTURES).to(torch.float64)
-    check(model, inputs, expected_grids(family, processor, inputs, PICTURES), **allowed(family, README))
+    check(model, inputs, expected_grids(family, processor, inputs, PICTURES), **README)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -231,7 +226,7 @@ def test_keeping_all_of_a_processors_batch_is_the_unhooked_model(made: Any, fami
     model, processor = made(family, torch.float32)
     inputs = called(processor, PICTURES)
     plain = generated(model, inputs)
-    with vprune.prune(model, keep=1.0, **allowed(family, README)) as pruning:
+    with vprune.prune(model, keep=1.0, **README) as pruning:
         kept = generated(model, inputs)
     assert pruning.last and all(report.tokens_after == report.tokens_before for report in pruning.last)
     assert torch.equal(plain.sequences, kept.sequences)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 import vprune
 from tests.conftest import GRID, build_model
+from tests.exactness.families import VIDEOS, build
 from tests.exactness.families import batch as family_batch
-from tests.exactness.families import build
+from tests.exactness.more_families import TEN, inputs_of, made
 from tests.exactness.prompts import batch
 from tests.exactness.test_families import generated, stepped
 from tests.exactness.test_stages import agree, masked_by_stages
@@ -62,12 +63,11 @@ def test_every_token_joins_the_row_it_resembles_most(
 
 
 @pytest.mark.parametrize("recycle", ["weighted", "nearest", "anchors"])
-@pytest.mark.parametrize("video", [False, True], ids=["pictures", "video"])
-@pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision"])
+@pytest.mark.parametrize(("family", "video"), [*((one, False) for one in TEN), *((one, True) for one in VIDEOS)])
 def test_recycled_in_stages_equals_the_masked_model(family: str, video: bool, recycle: str) -> None:
-    model, inputs = build(family, torch.float64), family_batch(family, "mixed", torch.float64, video)
+    model, inputs = made(family), inputs_of(family, "mixed", video=video)
     options: dict[str, Any] = {"recycle": recycle, "cells": 4, "size_aware": True}
-    stages = [[0, 0.6], [1, 0.4], [2, 0.25]]
+    stages = [[0, 0.6], [2, 0.25]] if family == "qwen3_vl" else [[0, 0.6], [1, 0.4], [2, 0.25]]  # DeepStack
     with vprune.prune(model, "attention", stages=stages, **options) as pruning:
         pruned = generated(model, inputs)
     reports = list(pruning.last or [])

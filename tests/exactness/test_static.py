@@ -9,6 +9,7 @@ import torch
 
 import vprune
 from tests.conftest import build_model
+from tests.exactness.agreement import agree, generate, refused
 from tests.exactness.families import FAMILIES, IMAGE, VIDEO, batch, build
 from tests.exactness.prompts import batch as prompts
 
@@ -20,15 +21,10 @@ ONE_GRAPH: dict[str, Any] = {"backend": "eager", "fullgraph": True, "mode": None
 
 def said(model: Any, inputs: dict[str, Any], static: bool, **options: Any) -> Any:
     more = {"cache_implementation": "static", "disable_compile": True} if static else {}
-    return model.generate(
-        **inputs,
-        max_new_tokens=6,
-        do_sample=False,
-        suppress_tokens=[IMAGE, VIDEO],
-        output_logits=True,
-        return_dict_in_generate=True,
-        **{**more, **options},
-    )
+    told = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO], **more, **options}
+    if "compile_config" in told:  # a hook that notes logits in full would be compiled as well
+        return model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **told)
+    return generate(model, **inputs, **told)
 
 
 @pytest.mark.parametrize("kind", ["padded", "mixed"])
@@ -40,8 +36,7 @@ def test_a_static_cache_gives_what_a_growing_one_gives(family: str, options: dic
         grown, fixed = said(model, inputs, False), said(model, inputs, True)
     full = said(model, inputs, True)
     assert torch.equal(grown.sequences, fixed.sequences)
-    for one, other in zip(grown.logits, fixed.logits, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    agree(fixed.logits, grown.logits)
     assert float((full.logits[0] - fixed.logits[0]).abs().max()) > 1e-2
 
 
@@ -54,10 +49,23 @@ def test_keeping_all_is_the_unhooked_model(family: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain.logits, kept.logits, strict=True))
 
 
-def test_windows_and_flash_are_refused(tiny_processor: Any) -> None:
+def test_a_static_cache_with_windows_is_refused() -> None:
     model, inputs = build("gemma3", torch.float32), batch("gemma3", "padded", torch.float32)
-    with vprune.prune(model, "uniform"), pytest.raises(vprune.VPruneError, match="sliding-window"):
+    with refused("a static cache with sliding-window layers"), vprune.prune(model, "uniform"):
         said(model, inputs, True)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize("family", WITHOUT_WINDOWS)
+def test_a_static_cache_under_masks_that_are_not_dense_is_refused(family: str, attention: str) -> None:
+    from transformers import StaticCache
+
+    model, inputs = build(family, torch.float32), batch(family, "padded", torch.float32)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=160)
+    model.get_decoder().config._attn_implementation = attention  # told, never run
+    words = f"a static cache cannot be pruned with attention implementation '{attention}'"
+    with torch.no_grad(), refused(words), vprune.prune(model, "uniform"):
+        model(**inputs, past_key_values=cache)
 
 
 @pytest.mark.parametrize("options", [{}, SIZES, STAGES], ids=["plain", "sizes", "stages"])
@@ -81,6 +89,28 @@ def test_decoding_steps_are_one_graph_for_every_prompt(tiny_processor: Any, kind
     assert torch.equal(plain.sequences, first.sequences) and not torch.equal(first.logits[0], second.logits[0])
     assert graphs >= 1 and again == graphs and not torch._dynamo.utils.counters["graph_break"]
     assert not hasattr(model, "_cache") or type(model._cache.layers[0]).__name__ == "StaticLayer"
+
+
+@pytest.mark.parametrize("family", WITHOUT_WINDOWS)
+def test_decoding_steps_are_one_graph_in_every_family(family: str) -> None:
+    from transformers import CompileConfig
+
+    torch._dynamo.reset()
+    model, inputs = build(family, torch.float64), batch(family, "padded", torch.float64)
+    compiled = CompileConfig(**ONE_GRAPH)
+    compiled._compile_all_devices = True
+    more = {"cache_implementation": "static", "compile_config": compiled, "disable_compile": False}
+    with vprune.prune(model, "attention", keep=0.3):
+        plain = said(model, inputs, True)
+        torch._dynamo.utils.counters.clear()
+        first = said(model, inputs, False, **more)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        second = said(model, {**inputs, "pixel_values": -inputs["pixel_values"]}, False, **more)
+        again = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs >= 1 and again == graphs and not torch._dynamo.utils.counters["graph_break"]
+    assert torch.equal(plain.sequences, first.sequences) and not torch.equal(first.logits[0], second.logits[0])
+    for one, other in zip(plain.logits, first.logits, strict=True):
+        torch.testing.assert_close(one.float(), other.float(), rtol=0, atol=1e-5)
 
 
 def test_steps_compiled_before_are_compiled_anew(tiny_processor: Any) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -109,8 +113,62 @@ def test_recycle_sums_groups(dtype: torch.dtype, length: int, backend: str) -> N
         )
 
 
+def test_compact_batch_gathers_positions_and_masks() -> None:
+    tokens, index = draw(2, 5, 3), torch.tensor([[-1, 0, 3], [1, 2, 4]])
+    positions = torch.arange(10).view(2, 5)
+    masks = positions % 2 == 0
+    short, places, marks = kernels.compact_batch(tokens, index, positions, masks)
+    assert torch.equal(short, kernels.compact(tokens, index))
+    assert places.tolist() == [[0, 0, 3], [6, 7, 9]]
+    assert marks is not None and marks.tolist() == [[False, True, False], [True, False, False]]
+    rotations = kernels.compact_batch(tokens, index, torch.stack([positions, -positions]))[1]
+    assert torch.equal(rotations, torch.stack([places, -places]))
+    one_row = kernels.compact_batch(tokens, index, positions[:1])
+    assert one_row[1].tolist() == [[0, 0, 3], [1, 2, 4]] and one_row[2] is None
+
+
+def test_compact_kv_gathers_every_layer() -> None:
+    keys, index = [draw(2, 3, 6, 4, seed=seed) for seed in (0, 1)], torch.tensor([[-1, 5], [0, 2]])
+    short, values = kernels.compact_kv(keys, [-key for key in keys], index)
+    for number, key in enumerate(keys):
+        assert torch.equal(short[number][0, :, 1], key[0, :, 5]) and not short[number][0, :, 0].any()
+        assert torch.equal(short[number][1], key[1, :, [0, 2]]) and torch.equal(values[number], -short[number])
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_select_is_an_ordered_top_k(length: int) -> None:
+    scores = draw(2, length).round(decimals=1).float()
+    ties = torch.stack([torch.randperm(length, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)])
+    valid = draw(2, length, seed=3) > -1
+    counts = torch.tensor([length // 3, length])
+    index = kernels.select(scores, counts, width=length, ties=ties, valid=valid)
+    for row in range(2):
+        columns = [column for column in range(length) if valid[row, column]]
+        columns.sort(key=lambda column: (-float(scores[row, column]), int(ties[row, column])))
+        wanted = sorted(columns[: int(counts[row])])
+        assert index[row].tolist() == [-1] * (length - len(wanted)) + wanted
+
+
+def test_select_counts_not_a_number_as_the_least_and_needs_a_width() -> None:
+    scores = torch.tensor([[torch.nan, -1.0, torch.inf]])
+    assert kernels.select(scores, 2).tolist() == [[1, 2]]
+    with pytest.raises(VPruneError, match="width, the most that any row takes"):
+        kernels.select(scores, torch.tensor([1]))
+    with pytest.raises(VPruneError, match="count=-1"):
+        kernels.select(scores, -1)
+
+
 def test_a_backend_named_never_falls_back() -> None:
-    with pytest.raises(VPruneError, match="triton"):
+    with pytest.raises(VPruneError, match=r"backend='triton': the tensors are on cpu|backend='triton': the package"):
         kernels.compact(draw(1, 2, 3), torch.zeros(1, 1, dtype=torch.long), backend="triton")
-    with pytest.raises(VPruneError, match="choose one of auto, torch"):
+    with pytest.raises(VPruneError, match="choose one of auto, torch, triton"):
         kernels.backend_module("cuda")
+
+
+def test_a_plain_cpu_never_loads_triton() -> None:
+    code = (
+        "import sys, torch; from vprune import kernels\n"
+        "kernels.compact(torch.zeros(1, 2, 3), torch.zeros(1, 1, dtype=torch.long))\n"
+        "assert 'triton' not in sys.modules and 'vprune.kernels.triton_ops' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[2])

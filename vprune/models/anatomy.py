@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vprune.errors import VPruneError
+from vprune.models.merging import known_side, merged_grid
 from vprune.records import Grid, TowerImage, VisualTokens
 
 _TOWER_NAMES = ("vision_tower", "visual", "vision_model")
@@ -23,7 +24,8 @@ class Anatomy:
     """The parts of one model instance that pruning touches.
 
     `base` merges image and text, `decoder` reads the result, `tower` sees the pixels; `token_ids` are the placeholders
-    of pictures and of videos in `input_ids`; `config` is the whole model's.
+    of pictures and of videos in `input_ids`; `config` is the whole model's. `head` turns hidden states into logits, and
+    `ends` are the tokens that end an answer.
     """
 
     base: nn.Module
@@ -31,6 +33,8 @@ class Anatomy:
     tower: nn.Module | None
     token_ids: tuple[int, ...]
     config: Any
+    head: Any
+    ends: tuple[int, ...] = ()
 
     @property
     def layers(self) -> Sequence[nn.Module]:
@@ -89,13 +93,10 @@ def dissect(model: Any) -> Anatomy:
         VPruneError: the model has no placeholder token for images, or no decoder of its own.
     """
     config = getattr(model, "config", None)
-    ids = tuple(
-        token for name in ("image_token_id", "video_token_id") if isinstance(token := getattr(config, name, None), int)
-    )
+    ids = _placeholders(config)
     if not isinstance(model, nn.Module) or not ids or not hasattr(model, "get_decoder"):
         raise VPruneError(
-            f"{type(model).__name__} is no vision-language model that can be pruned: "
-            "its config names no image_token_id; load one with AutoModelForImageTextToText"
+            f"{type(model).__name__} is no vision-language model that can be pruned: {_what_to_pass(model)}"
         )
     find_decoder: Any = model.get_decoder
     decoder: nn.Module = find_decoder()
@@ -105,7 +106,25 @@ def dissect(model: Any) -> Anatomy:
     if base is None or not hasattr(decoder, "layers"):
         raise VPruneError(f"{type(model).__name__}: found no text decoder with layers of its own inside it")
     tower = next((part for name in _TOWER_NAMES if isinstance(part := getattr(base, name, None), nn.Module)), None)
-    return Anatomy(base, decoder, tower, ids, config)
+    find_head: Any = model.get_output_embeddings
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = () if ends is None else tuple(ends) if isinstance(ends, list) else (int(ends),)
+    return Anatomy(base, decoder, tower, ids, config, find_head(), ends)
+
+
+def _placeholders(config: Any) -> tuple[int, ...]:
+    """The ids of the tokens that stand for pictures and videos."""
+    ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
+    return tuple(token for token in ids if isinstance(token, int))
+
+
+def _what_to_pass(model: Any) -> str:
+    """What to do about a model that is none, or that hides one."""
+    for path, part in model.named_modules() if isinstance(model, nn.Module) else ():
+        # (Its own config: a wrapper may pass on the names of what it wraps, and is not what is looked for.)
+        if path and _placeholders(vars(part).get("config")) and hasattr(part, "get_decoder"):
+            return f"it wraps one; prune and call what it holds as .{path} ({type(part).__name__})"
+    return "its config names no image_token_id; load one with AutoModelForImageTextToText"
 
 
 def refuse_compiled(model: Any) -> None:
@@ -150,20 +169,6 @@ def count_visual_tokens(model: Any, input_ids: Tensor) -> list[int]:
     """
     counts: list[int] = visual_kinds(dissect(model), input_ids, None).any(0).sum(-1).tolist()
     return counts
-
-
-def merge_side(model_config: Any, patches: int) -> int:
-    """The side s of the squares of s x s patches that become one visual token, in a tower of `patches` per image."""
-    vision = getattr(model_config, "vision_config", None)
-    if isinstance(side := getattr(vision, "spatial_merge_size", None), int):  # Qwen-VL
-        return int(side)
-    if isinstance(ratio := getattr(model_config, "downsample_ratio", None), float):  # InternVL
-        return round(1 / ratio)
-    if isinstance(side := getattr(model_config, "scale_factor", None), int):  # Idefics3, SmolVLM
-        return int(side)
-    if isinstance(tokens := getattr(model_config, "mm_tokens_per_image", None), int):  # Gemma 3
-        return round(math.sqrt(patches / tokens))
-    return 1
 
 
 def newline_places(anatomy: Anatomy, hidden: Tensor) -> Tensor | None:
@@ -219,13 +224,13 @@ def _lined(
             columns = places[row].nonzero().squeeze(-1)
             ends: list[int] = newlines[row, columns].nonzero().squeeze(-1).tolist()
             if (ends[-1] + 1 if ends else 0) != columns.numel():
-                raise _no_whole_images([columns.numel()], whole)
+                raise _no_whole_images(anatomy, [columns.numel()], whole)
             start = 0
             while ends:
                 if number == 1:
-                    found, start, ends = _frames(columns, start, ends, whole)
+                    found, start, ends = _frames(anatomy, columns, start, ends, whole)
                 else:
-                    found, start, ends = _overview_and_lines(columns, start, ends, whole)
+                    found, start, ends = _overview_and_lines(anatomy, columns, start, ends, whole)
                 blocks += [(part, grid, int(found[0][0][0])) for part, grid in found]
         blocks.sort(key=lambda block: int(block[0][0]))
         layout += [
@@ -238,21 +243,21 @@ def _lined(
 _Blocks = tuple[list[tuple[Tensor, Grid]], int, list[int]]  # rectangles found, where to go on, line breaks left
 
 
-def _frames(columns: Tensor, start: int, ends: list[int], whole: TowerImage) -> _Blocks:
+def _frames(anatomy: Anatomy, columns: Tensor, start: int, ends: list[int], whole: TowerImage) -> _Blocks:
     """One video: frames halved in both directions, one line break at its end."""
     h, w = (-(-side // 2) for side in whole.grid[1:])
     size = ends[0] - start
     if not size or size % (h * w):
-        raise _no_whole_images([size], TowerImage((1, h, w)))
+        raise _no_whole_images(anatomy, [size], TowerImage((1, h, w)))
     return [(columns[start : ends[0]], (size // (h * w), h, w))], ends[0] + 1, ends[1:]
 
 
-def _overview_and_lines(columns: Tensor, start: int, ends: list[int], whole: TowerImage) -> _Blocks:
+def _overview_and_lines(anatomy: Anatomy, columns: Tensor, start: int, ends: list[int], whole: TowerImage) -> _Blocks:
     """One picture: the overview, and, unless it was small, lines of equal width with a break at the end of each."""
     size = tokens_of(whole)
     width = ends[0] - start - size
     if width < 0:
-        raise _no_whole_images([ends[0] - start], whole)
+        raise _no_whole_images(anatomy, [ends[0] - start], whole)
     overview = (columns[start : start + size], whole.grid)
     if width == 0:
         return [overview], ends[0] + 1, ends[1:]
@@ -272,17 +277,18 @@ def _grouped(anatomy: Anatomy, visual: Tensor, tower: Sequence[TowerImage], firs
     """
     counts = [int(count) for count in visual.sum(-1)]
     total = sum(counts)
-    # Images encoded but never read (an interrupted call) come first: only the last ones can belong to this prompt.
+    # Features made before this forward: pictures encoded but never read (an interrupted call) come first, and rows may
+    # have been repeated since. Whole runs of the tower go or stay: part of one would mean that the sizes are wrong.
     seen = list(tower)
-    while seen and total % sum(map(tokens_of, seen)):
-        seen.pop(0)
+    while seen and seen[0].early and total % sum(map(tokens_of, seen)):
+        seen = [image for image in seen if image.call != seen[0].call]
     dropped = len(tower) - len(seen)
     if seen:
-        repeats = total // sum(map(tokens_of, seen))
-        if len(counts) % repeats:
-            raise _no_whole_images(counts, seen[0])
+        repeats, rest = divmod(total, sum(map(tokens_of, seen)))
+        if rest or not repeats or (repeats > 1 and not (seen[0].early and _copies(visual, repeats))):
+            raise _no_whole_images(anatomy, counts, seen[0])
     elif tower and total:
-        raise _no_whole_images(counts, tower[-1])
+        raise _no_whole_images(anatomy, counts, tower[-1])
     else:
         repeats, seen = 1, _untracked(anatomy, counts)
     tiled = isinstance(getattr(anatomy.config, "downsample_ratio", None), float)  # InternVL
@@ -293,7 +299,7 @@ def _grouped(anatomy: Anatomy, visual: Tensor, tower: Sequence[TowerImage], firs
         while taken < counts[first]:
             taken, end = taken + tokens_of(seen[end]), end + 1
         if taken != counts[first]:
-            raise _no_whole_images(counts, seen[0])
+            raise _no_whole_images(anatomy, counts, seen[0])
         for row in range(first, first + repeats):
             columns, offset = visual[row].nonzero().squeeze(-1), 0
             for number, image in enumerate(seen[start:end]):
@@ -309,6 +315,14 @@ def _grouped(anatomy: Anatomy, visual: Tensor, tower: Sequence[TowerImage], firs
     return layout
 
 
+def _copies(visual: Tensor, repeats: int) -> bool:
+    """True if every row of `visual` [B, L] stands there `repeats` times in a row."""
+    if visual.shape[0] % repeats:
+        return False
+    groups = visual.view(-1, repeats, visual.shape[1])
+    return bool((groups == groups[:, :1]).all())
+
+
 def tokens_of(image: TowerImage) -> int:
     """The number of visual tokens an image gives the decoder."""
     return math.prod(image.grid)
@@ -320,7 +334,7 @@ def _own_size(anatomy: Anatomy) -> TowerImage | None:
     pixels, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
     if not isinstance(pixels, int) or not isinstance(patch, int):
         return None
-    return TowerImage((1, pixels // patch, pixels // patch))
+    return TowerImage((1, *merged_grid(anatomy.config, pixels // patch, pixels // patch)))
 
 
 def _untracked(anatomy: Anatomy, counts: Sequence[int]) -> list[TowerImage]:
@@ -331,9 +345,13 @@ def _untracked(anatomy: Anatomy, counts: Sequence[int]) -> list[TowerImage]:
     return [TowerImage((1, 1, count)) for count in counts if count]
 
 
-def _no_whole_images(counts: Sequence[int], image: TowerImage) -> VPruneError:
+def _no_whole_images(anatomy: Anatomy, counts: Sequence[int], image: TowerImage) -> VPruneError:
     shape = " x ".join(map(str, image.grid if image.grid[0] > 1 else image.grid[1:]))
+    # A config that names no merging means that there is none, or that it is of a kind that nobody has met.
+    unnamed = known_side(anatomy.config, tokens_of(image)) is None
     return VPruneError(
         f"visual tokens per sample {list(counts)} are no whole images of {tokens_of(image)} tokens ({shape}): "
         "pass whole images in one prefill (prefill_chunk_size=None)"
+        + "; a model that merges patches in a way that its config does not name cannot be pruned yet"
+        * unnamed
     )

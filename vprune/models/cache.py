@@ -7,16 +7,35 @@ windows), keeps all of that right by itself, for beams, crops and later turns to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache as memoise
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vprune.errors import VPruneError
+
+_NAMES = ("cache", "past_key_values")  # of the argument: from transformers 5.24 on, and before
+
+
+@memoise
+def _name_for(kind: Any) -> str:
+    return _NAMES[0] if _NAMES[0] in signature(kind.forward).parameters else _NAMES[1]
+
+
+def cache_for(module: nn.Module, cache: Any) -> dict[str, Any]:
+    """The keyword argument by which a decoder, a layer or its attention takes a cache."""
+    own: Any = type(module)
+    return {_name_for(own): cache}
+
+
+def cache_in(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among the keyword arguments of such a module, None if there is none."""
+    return next((one for name in _NAMES if (one := kwargs.get(name)) is not None), None)
 
 
 @dataclass(frozen=True)

@@ -59,10 +59,11 @@ def attention_mask_4d(
     if bias is None and backend == "sdpa":
         return allowed
     shift = torch.zeros((), dtype=dtype, device=valid.device) if bias is None else bias[:, None, None].to(dtype)
-    return torch.where(allowed, shift, _least(dtype))
+    return torch.where(allowed, shift, least(dtype))
 
 
-def _least(dtype: torch.dtype) -> float:
+def least(dtype: torch.dtype) -> float:
+    """What is added to the logits of what may not be seen."""
     # Attention in float64 may take its softmax in float32, where the least float64 would be minus infinity.
     return max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
 
@@ -139,7 +140,7 @@ def layer_mask(
         dense = dense[..., max(stored - sight.window + 1, 0) :]
     if fits is None:
         return dense
-    hidden = False if dense.dtype == torch.bool else _least(dense.dtype)
+    hidden = False if dense.dtype == torch.bool else least(dense.dtype)
     return torch.nn.functional.pad(dense, (0, fits - dense.shape[-1]), value=hidden)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy, newline_places, visual_layout
-from vprune.models.cache import NOTHING_KNOWN, StoredRows, is_static, logical, stored_length
+from vprune.models.cache import NOTHING_KNOWN, StoredRows, cache_for, cache_in, is_static, logical, stored_length
 from vprune.models.masks import DENSE_BACKENDS, new_rows_valid, padding_mask
 from vprune.records import Prefill, TowerImage
 
@@ -23,12 +23,12 @@ def with_cache(anatomy: Anatomy, kwargs: dict[str, Any]) -> dict[str, Any]:
         VPruneError: a static cache with sliding windows, or for an attention backend whose masks are not built here.
     """
     config: Any = anatomy.decoder.config
-    cache: Any = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     wanted = kwargs.get("use_cache")
     if cache is None and (wanted or (wanted is None and getattr(config, "use_cache", False))):
         from transformers import DynamicCache
 
-        return {**kwargs, "past_key_values": DynamicCache(config=config)}
+        return {**kwargs, **cache_for(anatomy.decoder, DynamicCache(config=config))}
     if is_static(cache):
         if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
             raise VPruneError(
@@ -52,18 +52,14 @@ def masks_of_model(kwargs: dict[str, Any], given_to_model: Tensor | None) -> dic
     mask = kwargs.get("attention_mask")
     if isinstance(mask, dict):
         return mask if any(one is not None for one in mask.values()) else None
-    if (
-        isinstance(mask, Tensor)
-        and mask.ndim == 4
-        and (given_to_model is not None or is_static(kwargs.get("past_key_values")))
-    ):
+    if isinstance(mask, Tensor) and mask.ndim == 4 and (given_to_model is not None or is_static(cache_in(kwargs))):
         return {"all": mask}
     return None
 
 
 def callers_mask(kwargs: dict[str, Any], given_to_model: Tensor | None) -> Any:
     """The mask of the prompt as the caller passed it, [B, length] or None, whatever was made of it since."""
-    cache: Any = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     mask, queries = kwargs.get("attention_mask"), kwargs["inputs_embeds"].shape[1]
     finished = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
     if given_to_model is not None and (finished or is_static(cache)):
@@ -85,7 +81,7 @@ def read_prefill(
     Raises:
         VPruneError: a mask that is not [batch, length], or visual tokens that are no whole images.
     """
-    inputs, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    inputs, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), cache_in(kwargs)
     batch, length, _ = inputs.shape
     valid = new_rows_valid(mask, length, inputs.device)
     if valid is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vprune.errors import VPruneError
-from vprune.models.cache import PastView, widened
+from vprune.models.cache import PastView, cache_for, widened
 from vprune.models.masks import attention_mask_4d
 from vprune.records import Prefill
 
@@ -110,7 +110,7 @@ def layer_attention(prefill: Prefill, layer: int) -> Captured:
                         attention_mask=mask,
                         position_ids=prefill.positions,
                         position_embeddings=rope,
-                        past_key_values=past,
+                        **cache_for(module, past),
                     )
                     hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         return capture(
@@ -118,7 +118,7 @@ def layer_attention(prefill: Prefill, layer: int) -> Captured:
             hidden_states=chosen.input_layernorm(hidden),
             position_embeddings=rope,
             attention_mask=None,
-            past_key_values=past,
+            **cache_for(chosen.self_attn, past),
         )
 
 

@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from vprune import kernels
 from vprune.errors import VPruneError
-from vprune.models.anatomy import Anatomy, merge_side
+from vprune.models.anatomy import Anatomy
+from vprune.models.merging import merge_side, merged_grid
 from vprune.models.probe import Captured, capture
 from vprune.records import TowerImage
 from vprune.selection import cell_of_token
@@ -68,8 +69,14 @@ class TowerWatch:
 
     def _able(self, tower: nn.Module) -> nn.Module | None:
         """The attention module to be watched, None if none is; refuses a tower that cannot do what is asked for."""
+        tiled = isinstance(getattr(self.anatomy.base, "image_newline", None), Tensor)
+        if tiled and self.attention_layer is not None:
+            raise VPruneError(
+                f"{type(self.anatomy.base).__name__} cuts pictures into tiles, whose attention cannot be put together "
+                "on the grid that they make yet: choose another method than vision and vflowopt"
+            )
         if self.small_grid is not None:
-            if isinstance(getattr(self.anatomy.base, "image_newline", None), Tensor):
+            if tiled:
                 raise VPruneError(
                     f"{type(self.anatomy.base).__name__} cuts pictures into tiles: choose pool, not resize"
                 )
@@ -89,9 +96,14 @@ class TowerWatch:
         self.images.clear()
         self._fresh.clear()
 
+    def keep_for_later(self) -> None:
+        """What the tower has seen so far was seen before the forward that reads it."""
+        for image in self.images:
+            image.early = True
+
     def _before(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         pixels: Tensor = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
-        self._fresh = self._packed(pixels, kwargs) if pixels.ndim == 2 else self._whole(tower, pixels)
+        self._fresh = self._packed(pixels, kwargs) if pixels.ndim == 2 else self._whole(tower, pixels, kwargs)
         self.images.extend(self._fresh)
         if self.small_grid is None:
             return None
@@ -113,25 +125,43 @@ class TowerWatch:
             return args, {**kwargs, "pixel_values": smaller}
         return (smaller, *args[1:]), kwargs
 
-    def _whole(self, tower: nn.Module, pixels: Tensor) -> list[TowerImage]:
-        """Pictures of one size [images, channels, height, width]; a tile of a larger picture is one as well."""
+    def _whole(self, tower: nn.Module, pixels: Tensor, kwargs: dict[str, Any]) -> list[TowerImage]:
+        """Pictures [images, channels, height, width], all of one size unless the tower is told sizes of their own.
+
+        A tile of a larger picture is one as well.
+        """
         if pixels.ndim != 4:
             raise VPruneError(
                 f"{type(tower).__name__} takes pixels of shape {tuple(pixels.shape)}, "
                 "not [images, channels, height, width]: this family of models is not supported yet"
             )
         patch = patch_side(tower)
+        prints = fingerprints(pixels) if self.fingerprints else [0] * len(pixels)
+        if kwargs.get("image_sizes") is not None:
+            return self._padded(tower, torch.as_tensor(kwargs["image_sizes"]) // patch, prints)
         h, w = pixels.shape[-2] // patch, pixels.shape[-1] // patch
         self._side = side = merge_side(self.anatomy.config, h * w)
-        prints = fingerprints(pixels) if self.fingerprints else [0] * len(pixels)
         measured: Sequence[Tensor | None] = [None] * len(pixels)
         if self.entropy is not None:
             kind: Any = tower.config
             measured = list(self.entropy(pixels, patch * side, str(kind.model_type)).cpu())
         return [
-            TowerImage((1, h // side, w // side), fingerprint, entropy=entropy, call=self._next_call())
+            TowerImage(
+                (1, *merged_grid(self.anatomy.config, h, w)), fingerprint, entropy=entropy, call=self._next_call()
+            )
             for fingerprint, entropy in zip(prints, measured, strict=True)
         ]
+
+    def _padded(self, tower: nn.Module, sizes: Tensor, prints: Sequence[int]) -> list[TowerImage]:
+        """Pictures of `sizes` (h, w) in patches, [images, 2], padded to one size: Pixtral sees all patches in a row."""
+        if self.attention_layer is not None or self.small_grid is not None or self.entropy is not None:
+            raise VPruneError(
+                f"{type(tower).__name__} reads pictures of unequal sizes in one row, whose attention cannot be "
+                "watched and whose pixels cannot be resized yet: choose another method than vision, vflowopt or resize"
+            )
+        call, config = self._next_call(), self.anatomy.config
+        grids = [merged_grid(config, h, w) for h, w in sizes.tolist()]
+        return [TowerImage((1, *grid), one, call=call) for grid, one in zip(grids, prints, strict=True)]
 
     def _packed(self, pixels: Tensor, kwargs: dict[str, Any]) -> list[TowerImage]:
         """Pictures and videos of any size as one row per patch, [patches, values], their grids beside them."""
@@ -171,6 +201,11 @@ class TowerWatch:
         for image in self._fresh:
             image.received = torch.empty(0)
         caught = capture(attention, *args, **kwargs)
+        if caught.key.shape[0] != len(self._fresh):
+            raise VPruneError(
+                f"{type(self.anatomy.tower).__name__} reads {len(self._fresh)} pictures in {caught.key.shape[0]} rows, "
+                "whose attention cannot be told apart yet: choose another method than vision"
+            )
         _, h, w = self._fresh[0].grid
         side = self._side
         patches = h * w * side * side

@@ -103,7 +103,7 @@ def _joins(plan: Absorption, hidden: Tensor, sent: Tensor) -> Tensor:
     One image at a time, in blocks that depend on nothing else, so that a batch decides as its images alone do.
     """
     rows, count = hidden[sent[0]], plan.anchors.numel()
-    where = _coordinates(sent[1], plan.grid)
+    where = coordinates(sent[1], plan.grid)
     rest, anchors = rows[:-count], rows[-count:]
     found = []
     for start in range(0, rest.shape[0], _ROWS_AT_ONCE):
@@ -113,7 +113,7 @@ def _joins(plan: Absorption, hidden: Tensor, sent: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def _coordinates(places: Tensor, grid: Grid) -> Tensor:
+def coordinates(places: Tensor, grid: Grid) -> Tensor:
     """Places on the grid [N] -> float32 [N, 3], each axis from 0 to 1."""
     _, h, w = grid
     parts = (places // (h * w), places // w % h, places % w)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -35,7 +36,7 @@ class TowerAttention:
         maps = []
         for image in prefill.images:
             seen = prefill.tower[image.origin].received if image.origin >= 0 else None
-            if seen is None or seen.numel() != len(image):
+            if seen is None or seen.numel() != math.prod(image.grid):
                 raise VPruneError(
                     f"the vision tower was not watched while it read image {image.image} of sample {image.sample}: "
                     "pass pixel_values inside the `with vprune.prune(...)` block"

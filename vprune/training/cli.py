@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> int:
     Raises:
         VPruneError: WHAT is no recipe, or an override does not fit its configuration.
     """
-    recipes = {"vlm": _train_vlm}
+    recipes = {"vlm": _train_vlm, "scorer": _train_scorer}
     if not arguments or arguments[0] not in recipes:
         given = arguments[0] if arguments else "nothing"
         raise VPruneError(f"vprune train {given}: recipes are {', '.join(recipes)}; for example `vprune train vlm`.")
@@ -25,11 +25,17 @@ def main(arguments: list[str]) -> int:
     recipe: Callable[[DictConfig], Path] = recipes[name]
     with initialize_config_module("vprune.conf", version_base="1.3"):
         config = compose("train/" + name, overrides=overrides)
-    print(recipe(config.train))
+    print(recipe(config))
     return 0
 
 
 def _train_vlm(config: DictConfig) -> Path:
     from vprune.training.vlm import train
+
+    return train(config)
+
+
+def _train_scorer(config: DictConfig) -> Path:
+    from vprune.training.scorer import train
 
     return train(config)

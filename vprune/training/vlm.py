@@ -168,7 +168,7 @@ class _Run:
         started, log_started = time.perf_counter() - self.seconds, time.perf_counter()
         saved = self.seconds
         recent: list[Tensor] = []
-        with _bar() as bar:
+        with progress_bar() as bar:
             task = bar.add_task("train vlm", total=1.0, note="")
             while self.progress() < 1:
                 rate = self.learning_rate()
@@ -297,7 +297,8 @@ class _Run:
         self.average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
 
 
-def _bar() -> Progress:
+def progress_bar() -> Progress:
+    """How far a training run is."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,0 +1,1 @@
+"""`vprune bench`: how long things take, on which machine, against what."""

@@ -1,0 +1,219 @@
+"""The command `vprune bench`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from vprune.errors import VPruneError
+
+DONE, SOME_FAILED, MISTAKE = 0, 1, 2
+
+# what is timed -> (a sentence, where its main lives; None: not built yet)
+SUBJECTS: dict[str, tuple[str, str | None]] = {
+    "kernels": (
+        "every operation of vprune.kernels, against plain torch and the copy of as many bytes",
+        "vprune.bench.app",
+    ),
+    "model": ("a whole model, pruned, unpruned, and as short as the pruned one from the start", None),
+}
+_USAGE = """\
+usage: vprune bench SUBJECT [key=value ...]
+
+subjects:
+{subjects}
+
+options of `vprune bench kernels`:
+{options}
+
+On a CUDA device the operations run at the sizes of 7B models (about 40 GiB of its memory), inputs taking turns so that
+no cache flatters the numbers. On a CPU the torch references are timed, at tiny sizes: a trial of the bench, not of the
+kernels. An operation whose result is not that of its reference is named and not timed.
+exit codes: 0 done, 1 an operation failed its check, 2 a mistake in the command"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `vprune bench kernels` is asked to do; None = by what the machine has."""
+
+    out: str = "runs/bench"
+    ops: str = "all"
+    device: str | None = None
+    size: str | None = None
+    dtype: str = "bfloat16"
+    backend: str = "auto"
+    compile: str | None = None
+    repeats: int = 50
+    commit: str | None = None
+
+
+_MEANINGS = {
+    "out": "the folder for bench.csv and bench.json",
+    "ops": "all, or some of column_mass,compact,compact_batch,compact_kv,recycle,select",
+    "device": "cuda or cpu (cuda where there is one)",
+    "size": "full or tiny (full on cuda)",
+    "dtype": "bfloat16, float16 or float32",
+    "backend": "auto, triton or torch; one asked for by name never falls back",
+    "compile": "true or false: also time torch.compile of the torch expression (true on cuda)",
+    "repeats": "how often every call is timed",
+    "commit": "what to record where the source is no git checkout",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of bench.csv. Times are microseconds, ratios the operation's median over another's (below 1: faster)."""
+
+    op: str
+    shape: str
+    dtype: str
+    backend: str
+    p20_us: float | None = None
+    p50_us: float | None = None
+    p80_us: float | None = None
+    timed_as: str | None = None
+    launched_us: float | None = None
+    bytes: int | None = None
+    tb_per_s: float | None = None
+    tflop_per_s: float | None = None
+    copy_us: float | None = None
+    to_copy: float | None = None
+    torch: str | None = None
+    torch_us: float | None = None
+    torch_timed_as: str | None = None
+    to_torch: float | None = None
+    compiled_us: float | None = None
+    to_compiled: float | None = None
+    problem: str | None = None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `vprune bench` with these arguments and return its exit code; VPruneError for a user's mistake."""
+    asked = [word for word in argv if word not in ("-h", "--help")]
+    if not asked:
+        print(help_text())
+        return DONE if len(argv) > len(asked) else MISTAKE
+    subject, rest = asked[0], asked[1:]
+    if subject not in SUBJECTS:
+        raise VPruneError(f"vprune bench knows no {subject!r}; there is {', '.join(SUBJECTS)}. Try vprune bench --help")
+    if len(argv) > len(asked):
+        print(help_text())
+        return DONE
+    if subject == "kernels":
+        return bench_kernels(read_options(rest))
+    home = SUBJECTS[subject][1]
+    if home is None:
+        raise VPruneError(f"vprune bench {subject} is not built yet; see vprune bench --help for what is")
+    code: int = import_module(home).main(rest)
+    return code
+
+
+def help_text() -> str:
+    """The subjects, and every option with its default and meaning."""
+    subjects = [f"  {name:<9}{text}{'' if home else ' (not built yet)'}" for name, (text, home) in SUBJECTS.items()]
+    options = []
+    for field in fields(Options):
+        default = "" if field.default is None else field.default
+        options.append(f"  {f'{field.name}={default}':<18} {_MEANINGS[field.name]}")
+    return _USAGE.format(subjects="\n".join(subjects), options="\n".join(options))
+
+
+def read_options(words: Sequence[str]) -> Options:
+    """Options from key=value.
+
+    Raises:
+        VPruneError: a word is no key=value, a key is unknown, or a value is none of those allowed.
+    """
+    values: dict[str, Any] = {}
+    for word in words:
+        key, sign, value = word.partition("=")
+        if not sign or key not in _MEANINGS:
+            close = get_close_matches(key, _MEANINGS, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise VPruneError(f"vprune bench kernels takes no {word!r}{hint}; its options are {', '.join(_MEANINGS)}")
+        values[key] = value
+    choices = {
+        "device": ("cuda", "cpu"),
+        "size": ("full", "tiny"),
+        "dtype": ("bfloat16", "float16", "float32"),
+        "backend": ("auto", "triton", "torch"),
+        "compile": ("true", "false"),
+    }
+    for key, allowed in choices.items():
+        if key in values and values[key] not in allowed:
+            raise VPruneError(f"{key}={values[key]}: choose one of {', '.join(allowed)}")
+    if "repeats" in values:
+        if not values["repeats"].isdecimal() or int(values["repeats"]) < 1:
+            raise VPruneError(f"repeats={values['repeats']}: give a number, at least 1")
+        values["repeats"] = int(values["repeats"])
+    return Options(**values)
+
+
+def bench_kernels(options: Options) -> int:
+    """Time the operations, print a table, write bench.csv and bench.json; 1 if one failed its check."""
+    import torch
+
+    from vprune.bench.kernels import OPERATIONS, SIZES, Maker
+    from vprune.bench.measuring import measured
+    from vprune.eval.environment import describe
+
+    ops = OPERATIONS if options.ops == "all" else tuple(options.ops.split(","))
+    unknown = [op for op in ops if op not in OPERATIONS]
+    if unknown:
+        raise VPruneError(f"ops={options.ops}: there is no {unknown[0]!r}; choose some of {', '.join(OPERATIONS)}")
+    on_cuda = torch.cuda.is_available()
+    device = torch.device(options.device or ("cuda" if on_cuda else "cpu"))
+    if device.type == "cuda" and not on_cuda:
+        raise VPruneError("device=cuda: torch sees no CUDA device here; leave device out to try the bench on the CPU")
+    size = options.size or ("full" if device.type == "cuda" else "tiny")
+    if device.type == "cpu":
+        chosen = "torch" if options.backend == "auto" else options.backend
+        print(f"no CUDA device is used: this times the {chosen} backend on the CPU, at {size} sizes")
+    compiling = device.type == "cuda" if options.compile is None else options.compile == "true"
+    dtype = getattr(torch, options.dtype)
+    maker = Maker(SIZES[size], device, dtype, options.backend)
+    rows = []
+    for op in ops:
+        for case in maker.cases(op):
+            rows.append(measured(case, device, options, compiling))
+            print(line_of(rows[-1]), flush=True)
+    environment = describe(device, options.dtype, None)
+    environment["git_commit"] = environment["git_commit"] or options.commit
+    folder = Path(options.out)
+    write(folder, rows, environment | {"options": asdict(options) | {"device": str(device), "size": size}})
+    print(f"wrote {folder / 'bench.csv'} and {folder / 'bench.json'}")
+    return SOME_FAILED if any(row.problem for row in rows) else DONE
+
+
+def line_of(row: Row) -> str:
+    """A line of the printed table."""
+    head = f"{row.op:<14}{row.shape}"
+    if row.p50_us is None:
+        return f"{head}\n    NOT TIMED: {row.problem}"
+    parts = [f"{row.p50_us:.1f} us ({row.p20_us:.1f}-{row.p80_us:.1f}, launched {row.launched_us:.1f})"]
+    parts += [f"{row.tb_per_s:.2f} TB/s", f"{row.to_copy:.2f} x the copy"]
+    if row.tflop_per_s:
+        parts.append(f"{row.tflop_per_s:.0f} TFLOP/s")
+    parts.append(f"{row.to_torch:.2f} x torch ({row.torch}, {row.torch_us:.1f} us)")
+    if row.to_compiled is not None:
+        parts.append(f"{row.to_compiled:.2f} x torch.compile of it")
+    if row.problem:
+        parts.append(row.problem)
+    return f"{head}\n    " + ", ".join(parts)
+
+
+def write(folder: Path, rows: Sequence[Row], environment: dict[str, Any]) -> None:
+    """bench.csv with a row a case, bench.json with the same and what it ran on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "bench.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, [field.name for field in fields(Row)])
+        table.writeheader()
+        table.writerows([asdict(row) for row in rows])
+    content = {"environment": environment, "rows": [asdict(row) for row in rows]}
+    (folder / "bench.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,229 @@
+"""What a network has learned to look for: the attention of the instruction, and the rows themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vprune.errors import VPruneError
+from vprune.models.anatomy import Anatomy
+from vprune.models.probe import layer_attention, past_bias, stored_and_new_valid
+from vprune.records import Grid, Prefill, VisualTokens
+from vprune.scoring.network import ScorerNetwork, attention_statistics, same_grid
+from vprune.scoring.text_attention import instruction_rows
+
+_SIGNATURE = 16  # numbers of the embedding table that tell one model from another of the same shape
+_ALIKE = 0.05  # how far they may differ, as a share of their size: rounding to 8 bits passes, other weights do not
+_NUMBERS_AT_ONCE = 2**27  # attention weights held at a time, 0.5 GB
+
+
+@dataclass
+class Learned:
+    """The scores of a small network that was trained for the model at hand (`vprune train scorer`).
+
+    Task-related token compression from explainability (arXiv 2506.01097): I = f(a), a the attention that instruction
+    rows of decoder layer l pay to the visual tokens, f a CNN on their grid. Here f also reads the rows themselves, and
+    learns which tokens the model's answer cannot do without (see `vprune.training.effect`). The map is the softmax of
+    the network's scores over the tokens of an image.
+
+    Args:
+        checkpoint: the folder of a scorer, as `save_pretrained` writes it; None = the one that ships with vprune and
+            was trained for this model.
+
+    Raises:
+        VPruneError: there is none for this model, or the folder holds none, or one of another model.
+
+    Example:
+        >>> Learned().bound(dissect(model)).network.config.layer  # doctest: +SKIP
+        0
+    """
+
+    checkpoint: str | None = None
+
+    needs_evidence: ClassVar[bool] = False
+    tower_layer: ClassVar[int | None] = None
+
+    def __post_init__(self) -> None:
+        self.network: ScorerNetwork | None = None
+
+    @property
+    def layer(self) -> int:
+        """The decoder layer whose attention is read: the one map serves every stage after it."""
+        return 0 if self.network is None else self.network.config.layer
+
+    def bound(self, anatomy: Anatomy) -> Learned:
+        """The same with its network loaded, beside the decoder's input embeddings.
+
+        Raises:
+            VPruneError: there is no scorer for this model.
+        """
+        own = identity_of(anatomy)
+        network = _shipped_for(own) if self.checkpoint is None else ScorerNetwork.load(self.checkpoint)
+        if network is None:
+            raise VPruneError(
+                f"method=learned: no scorer ships for {own['name']}. Train one with `vprune train scorer model=ID` and "
+                "give its folder as checkpoint=, or choose a method that needs no training: attention_max, vision, "
+                "vflowopt ..."
+            )
+        differing = difference(network.config.model, own)
+        if differing:
+            raise VPruneError(
+                f"checkpoint={self.checkpoint}: this scorer was trained for another model: {differing}. "
+                "Train one with `vprune train scorer model=ID`"
+            )
+        other = Learned(self.checkpoint)
+        other.network = network.float()
+        return other
+
+    @torch.no_grad()
+    def __call__(self, prefill: Prefill) -> list[Tensor]:
+        """Score all images of a prefill, those of one grid at once.
+
+        Raises:
+            VPruneError: a sample without instruction tokens, attention that is no number, or `bound` was not called.
+        """
+        if not prefill.images:
+            return []
+        network = self.network
+        if network is None:
+            raise VPruneError("method=learned was not bound to a model: use it through vprune.prune(model, ...)")
+        network.to(prefill.hidden.device)
+        features = read_features(prefill, network.config.layer)
+        maps: dict[int, Tensor] = {}
+        for grid, numbers in same_grid([image.grid for image in prefill.images]).items():
+            scores = network(*features.of([prefill.images[n] for n in numbers], grid))
+            maps |= dict(zip(numbers, scores.softmax(-1).cpu(), strict=True))
+        for number, one in maps.items():
+            if not bool(one.isfinite().all()):
+                image = prefill.images[number]
+                raise VPruneError(
+                    f"sample {image.sample}, image {image.image}: {int((~one.isfinite()).sum())} of {one.numel()} "
+                    "scores are no numbers; is the model's attention (or the picture) finite?"
+                )
+        return [maps[number] for number in range(len(prefill.images))]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a scorer reads of a batch: attention [B, 2 H, L], rows [B, L, D], instruction rows [B, R, D], bool [B, R].
+
+    Attention is that of instruction rows at one layer, the mean over them for each head, then the maximum.
+    """
+
+    attention: Tensor
+    hidden: Tensor
+    text: Tensor
+    text_valid: Tensor
+
+    def of(self, images: Sequence[VisualTokens], grid: Grid) -> tuple[Tensor, Grid, Tensor, Tensor, Tensor]:
+        """The arguments of `ScorerNetwork` for images of one grid."""
+        device = self.hidden.device
+        sample = torch.tensor([image.sample for image in images], device=device)
+        columns = torch.stack([image.columns for image in images]).to(device)
+        maps = self.attention[sample].gather(2, columns[:, None].expand(-1, self.attention.shape[1], -1))
+        visual = self.hidden[sample[:, None], columns]
+        return maps, grid, visual.float(), self.text[sample].float(), self.text_valid[sample]
+
+
+def read_features(prefill: Prefill, layer: int, until: Tensor | None = None) -> Features:
+    """What a scorer reads of a prefill.
+
+    `until` LongTensor [B]: the column at which the answer begins, where the prompt holds one; None = it holds none.
+
+    Raises:
+        VPruneError: a sample with images but without a token of text after them.
+    """
+    valid = prefill.valid
+    if until is not None:
+        valid = valid & (torch.arange(valid.shape[1], device=valid.device) < until[:, None])
+    rows, row_valid = instruction_rows(valid, prefill.visual)
+    _refuse_silence(prefill, rows, row_valid)
+    caught = layer_attention(prefill, layer)
+    batch, heads, _, width = caught.query.shape
+    held = caught.key.shape[2]
+    stored = held - valid.shape[1]
+    query = caught.query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, width)).float()
+    bias = past_bias(prefill)
+    key_valid = stored_and_new_valid(prefill)[:, -held:]
+    key = caught.key.float().transpose(-1, -2)
+    window = prefill.anatomy.window_of(layer)
+    columns = torch.arange(held, device=query.device)
+    # Samples in parts: a long prompt of a large model would fill the memory otherwise.
+    at_once = max(1, _NUMBERS_AT_ONCE // (heads * rows.shape[1] * held))
+    found = []
+    for first in range(0, batch, at_once):
+        part = slice(first, first + at_once)
+        own = rows[part, None, :, None] + stored
+        allowed = key_valid[part, None, None] & (columns <= own)
+        if window is not None:
+            allowed = allowed & (columns > own - window)
+        allowed = allowed | ~row_valid[part, None, :, None]  # a row that sees nothing would be not-a-number
+        grouped = query[part].reshape(-1, key.shape[1], heads // key.shape[1], rows.shape[1], width)
+        logits = (grouped @ key[part, :, None]).flatten(1, 2) * caught.scale
+        if bias is not None:
+            logits = logits + bias[part, None, None, -held:]
+        weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1)[..., stored:]
+        found.append(attention_statistics(weights, row_valid[part]))
+    text = prefill.hidden.gather(1, rows[..., None].expand(-1, -1, prefill.hidden.shape[-1]))
+    return Features(torch.cat(found), prefill.hidden, text, row_valid)
+
+
+def _refuse_silence(prefill: Prefill, rows: Tensor, row_valid: Tensor) -> None:
+    first = rows[:, 0].cpu()
+    for image in prefill.images:
+        if int(first[image.sample]) <= int(image.columns[-1]):
+            raise VPruneError(
+                f"sample {image.sample} has no instruction tokens after its last image ({len(image)} visual tokens, "
+                f"{int(prefill.valid[image.sample].sum())} tokens in all): method=learned needs a question there; "
+                "put the text after the image, or choose a method that is blind to the question, such as vision"
+            )
+
+
+def identity_of(anatomy: Anatomy) -> dict[str, Any]:
+    """What tells a model from others, for the config of a scorer: shapes, and a few of its input embeddings."""
+    text: Any = anatomy.decoder.config
+    decoder: Any = anatomy.decoder
+    table = decoder.get_input_embeddings()
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    vocabulary = int(text.vocab_size)
+    weight: Tensor = table.weight
+    ids = torch.arange(1, _SIGNATURE + 1, device=weight.device) * (vocabulary // (_SIGNATURE + 2))
+    with torch.no_grad():  # (an offloaded table cannot be read here: its model is told by its shape alone)
+        some = table(ids).float().diagonal() if weight.device.type != "meta" else torch.zeros(0)
+    return {
+        "name": type(anatomy.base).__name__,
+        **{name: getattr(text, name) for name in names if hasattr(text, name)},
+        "signature": [float(f"{number:.4g}") for number in some.tolist()],
+    }
+
+
+def difference(trained: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """How the model that a scorer was trained for differs from another, in words; empty if it does not."""
+    told = [
+        f"{name}={trained.get(name)}, this one has {name}={value}"
+        for name, value in own.items()
+        if name != "signature" and trained.get(name) != value
+    ]
+    if told:
+        return "; ".join(told)
+    mine, theirs = (torch.tensor(list(one.get("signature", []))) for one in (own, trained))
+    if mine.numel() and (mine.shape != theirs.shape or (mine - theirs).norm() > _ALIKE * theirs.norm()):
+        return "the same shape with other weights"
+    return ""
+
+
+def shipped() -> Iterator[Path]:
+    """The folders of the scorers that ship with vprune."""
+    folder = resources.files("vprune") / "assets" / "models" / "scorers"
+    home = Path(str(folder))
+    yield from sorted(one.parent for one in home.glob("*/config.json")) if home.is_dir() else ()
+
+
+def _shipped_for(own: Mapping[str, Any]) -> ScorerNetwork | None:
+    return next((one for one in map(ScorerNetwork.load, shipped()) if not difference(one.config.model, own)), None)

@@ -1,0 +1,242 @@
+"""The network that learns which tokens matter, and its checkpoint: a small CNN over what the question attends to."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, silu
+
+from vprune.errors import VPruneError
+from vprune.records import Grid
+
+MOST_PARAMETERS = 300_000
+_RANGE = 8.0  # of the scores: beyond it, differences between tokens far from any border would be lost in rounding
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """What a scorer is built of, and which model it was trained for.
+
+    Args:
+        layer: the decoder layer whose attention maps it reads; `heads`: how many that layer has.
+        width: of the model's hidden rows; 0 = the rows themselves are not read.
+        layout: "grid" convolves over rows and columns (and frames), "line" over the order of the tokens.
+        channels: of each convolution, first to last; `kernels`: their sizes; `dilations`: their spacings.
+        matches: learned heads that compare question rows with visual rows, `match_width` wide each.
+        contents: channels read off the visual rows.
+        model: what the scorer was trained for, as `vprune.scoring.learned.identity_of` tells it.
+        recipe: how it was trained, for the record.
+    """
+
+    layer: int = 0
+    heads: int = 1
+    width: int = 0
+    layout: str = "grid"
+    channels: tuple[int, ...] = (96, 96, 96, 96, 96)
+    kernels: tuple[int, ...] = (5, 5, 5, 5, 5)
+    dilations: tuple[int, ...] = (1, 1, 2, 1, 1)
+    matches: int = 8
+    match_width: int = 16
+    contents: int = 24
+    model: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "kernels", "dilations"):
+            object.__setattr__(self, name, tuple(int(n) for n in getattr(self, name)))
+        if self.layout not in ("grid", "line"):
+            raise VPruneError(f"layout={self.layout!r}: choose grid or line")
+        if not len(self.channels) == len(self.kernels) == len(self.dilations) >= 1:
+            raise VPruneError(
+                f"channels, kernels and dilations name {len(self.channels)}, {len(self.kernels)} and "
+                f"{len(self.dilations)} convolutions: give one of each per convolution"
+            )
+        if any(size % 2 == 0 for size in self.kernels):
+            raise VPruneError(f"kernels={list(self.kernels)}: give odd sizes, so that a token lies in the middle")
+
+
+class Convolution(nn.Module):
+    """A depthwise and a pointwise convolution with a residual; frames meet in a depthwise one of their own.
+
+    The taps of other frames start at nothing, so that training on pictures leaves a video's frames apart.
+    """
+
+    def __init__(self, before: int, after: int, kernel: int, dilation: int, line: bool) -> None:
+        super().__init__()
+        sides = (1, kernel) if line else (kernel, kernel)
+        around = ((sides[0] - 1) // 2 * dilation, (sides[1] - 1) // 2 * dilation)
+        self.depthwise = nn.Conv2d(before, before, sides, padding=around, dilation=dilation, groups=before)
+        self.frames = nn.Parameter(torch.zeros(2, before))
+        self.norm = nn.GroupNorm(1, before, affine=True)
+        self.pointwise = nn.Conv2d(before, after, 1)
+        self.question = nn.Linear(before, 2 * before)
+        nn.init.zeros_(self.question.weight)
+        nn.init.zeros_(self.question.bias)
+        self.residual = before == after
+
+    def forward(self, x: Tensor, asked: Tensor | None, grid: Grid) -> Tensor:
+        """[I * t, C, h, w] -> the same with other channels; `asked` [I, C'] scales and shifts what is seen."""
+        y = self.depthwise(x)
+        if grid[0] > 1:
+            frames = y.unflatten(0, (-1, grid[0]))
+            earlier, later = torch.zeros_like(frames), torch.zeros_like(frames)
+            earlier[:, 1:], later[:, :-1] = frames[:, :-1], frames[:, 1:]
+            taps = self.frames[:, :, None, None]
+            y = (frames + earlier * taps[0] + later * taps[1]).flatten(0, 1)
+        y = self.norm(y)
+        if asked is not None:
+            scale, shift = self.question(asked).repeat_interleave(grid[0], 0)[..., None, None].chunk(2, 1)
+            y = y * (1 + scale) + shift
+        y = self.pointwise(silu(y))
+        result: Tensor = x + y if self.residual else y
+        return result
+
+
+class ScorerNetwork(nn.Module, PyTorchModelHubMixin):
+    """Scores the visual tokens of an image from the attention that a question pays to them.
+
+    Input channels on the grid: per head of decoder layer `layer`, log(N a_j + 1/100) of the mean and of the maximum
+    over instruction rows i of a_ij; and where `width` is given, `contents` linear channels of the visual row x_j and,
+    for `matches` learned heads, mean and maximum over i of (W_q [x_i, x_i-1, x_i-2]) . (W_k x_j) / sqrt(match_width),
+    rows normalised to unit variance.
+
+    Raises:
+        VPruneError: more than 300,000 parameters, or a setting that contradicts another.
+
+    Example:
+        >>> network = ScorerNetwork(ScorerConfig(heads=4))
+        >>> network(torch.rand(1, 8, 36) / 36, (1, 6, 6)).shape
+        torch.Size([1, 36])
+    """
+
+    def __init__(self, config: ScorerConfig) -> None:
+        super().__init__()
+        self.config = config
+        asked = config.matches * config.match_width if config.width else 0
+        inputs = 2 * config.heads
+        if config.width:
+            inputs += config.contents + 2 * config.matches
+            self.contents = nn.Linear(config.width, config.contents)
+            self.keys = nn.Linear(config.width, asked)
+            self.queries = nn.Linear(3 * config.width, asked)
+            self.question = nn.Linear(asked, config.channels[0])
+        self.entry = nn.Conv2d(inputs, config.channels[0], 1)
+        self.convolutions = nn.ModuleList(
+            Convolution(before, after, kernel, dilation, config.layout == "line")
+            for before, after, kernel, dilation in zip(
+                (config.channels[0], *config.channels), config.channels, config.kernels, config.dilations, strict=False
+            )
+        )
+        self.exit = nn.Conv2d(config.channels[-1], 1, 1)
+        count = sum(part.numel() for part in self.parameters())
+        if count > MOST_PARAMETERS:
+            raise VPruneError(
+                f"this scorer would have {count} parameters, at most {MOST_PARAMETERS} are meant: fewer channels, "
+                "matches or contents"
+            )
+
+    def forward(
+        self,
+        maps: Tensor,
+        grid: Grid,
+        visual: Tensor | None = None,
+        text: Tensor | None = None,
+        text_valid: Tensor | None = None,
+    ) -> Tensor:
+        """Scores of I images of one grid (t, h, w), N = t h w tokens each.
+
+        Args:
+            maps: [I, 2 * heads, N] attention, means then maxima.
+            grid: of every image.
+            visual: [I, N, D] rows of the tokens, where the network reads them.
+            text: [I, R, D] instruction rows.
+            text_valid: bool [I, R], those that count; None = all.
+
+        Returns:
+            [I, N] between -8 and 8.
+        """
+        tokens = math.prod(grid)
+        parts, asked = [(maps * tokens + 0.01).log()], None
+        if self.config.width:
+            assert visual is not None and text is not None
+            more, asked = self._read(visual, text, text_valid)
+            parts += more
+        t, h, w = grid
+        sides = (1, h * w) if self.config.layout == "line" else (h, w)
+        x = torch.cat(parts, 1).reshape(-1, self.entry.in_channels, t, *sides).transpose(1, 2).flatten(0, 1)
+        x = self.entry(x)
+        for convolution in self.convolutions:
+            fits = asked is not None and asked.shape[-1] == x.shape[1]
+            x = convolution(x, asked if fits else None, grid)
+        scores: Tensor = self.exit(x).reshape(-1, tokens)
+        return _RANGE * torch.tanh(scores / _RANGE)
+
+    def _read(self, visual: Tensor, text: Tensor, valid: Tensor | None) -> tuple[list[Tensor], Tensor]:
+        visual, text = (layer_norm(rows, rows.shape[-1:]) for rows in (visual, text))
+        if valid is None:
+            valid = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+        text = text * valid[..., None]
+        earlier = [nn.functional.pad(text, (0, 0, back, 0))[:, : text.shape[1]] for back in (0, 1, 2)]
+        queries = self.queries(torch.cat(earlier, -1))
+        heads, width = self.config.matches, self.config.match_width
+        keys = self.keys(visual).unflatten(-1, (heads, width)).transpose(1, 2)
+        found = queries.unflatten(-1, (heads, width)).transpose(1, 2) @ keys.transpose(-1, -2) / width**0.5
+        counts = valid[:, None, :, None]
+        mean = (found * counts).sum(2) / counts.sum(2).clamp(min=1)
+        best = found.masked_fill(~counts, -1e4).amax(2)
+        asked = (queries * valid[..., None]).sum(1) / valid.sum(1, keepdim=True).clamp(min=1)
+        return [self.contents(visual).transpose(1, 2), mean, best], silu(self.question(asked))
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        text = json.dumps(asdict(self.config), indent=2, sort_keys=True)
+        (save_directory / "config.json").write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ScorerNetwork:
+        """Read a scorer from a folder that `save_pretrained` wrote, on the CPU.
+
+        Raises:
+            VPruneError: no folder, no scorer in it, or one that is cut short.
+        """
+        folder = Path(folder).expanduser()
+        known = {one.name for one in fields(ScorerConfig)}
+        try:
+            content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            network = cls(ScorerConfig(**{key: value for key, value in content.items() if key in known}))
+            state = load_file(folder / "model.safetensors")
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise VPruneError(f"checkpoint={folder} holds no whole scorer: {type(error).__name__}: {error}") from error
+        try:
+            network.load_state_dict(state)
+        except RuntimeError as error:
+            wanted, held = (sum(part.numel() for part in one.values()) for one in (network.state_dict(), state))
+            raise VPruneError(
+                f"checkpoint={folder} does not fit its own config.json: {held} numbers for {wanted}"
+            ) from error
+        return network.eval()
+
+
+def attention_statistics(weights: Tensor, row_valid: Tensor) -> Tensor:
+    """Mean and maximum over instruction rows: [B, H, R, N], bool [B, R] -> [B, 2 H, N]."""
+    valid = row_valid[:, None, :, None]
+    counted = weights * valid
+    return torch.cat([counted.sum(2) / valid.sum(2).clamp(min=1), counted.amax(2)], 1)
+
+
+def same_grid(grids: Sequence[Grid]) -> dict[Grid, list[int]]:
+    """The numbers of the images of each grid."""
+    groups: dict[Grid, list[int]] = {}
+    for number, grid in enumerate(grids):
+        groups.setdefault(grid, []).append(number)
+    return groups

@@ -1,0 +1,114 @@
+"""The command `vprune tune`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vprune.errors import VPruneError
+
+_DESCRIPTION = """\
+Search the settings of a progressive method for one model and one budget, without looking at a single answer.
+
+  vprune tune keep=0.1
+  vprune tune keep=0.25 model=llava-hf/llava-onevision-qwen2-7b-ov-hf benchmark=my/folder trials=30
+
+It maximises the last-token flow (the cosine between the last prompt token's final hidden state in the full and in the
+pruned model) by Gaussian-process optimisation, and writes a YAML: vprune eval method=PATH_OF_THAT_FILE keep=0.1"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `vprune tune`; 0. VPruneError for a user's mistake."""
+    from importlib.resources import files
+
+    options = (files("vprune.conf") / "tune.yaml").read_text(encoding="utf-8")
+    parser = argparse.ArgumentParser(
+        prog="vprune tune",
+        usage="vprune tune [key=value ...]",
+        description=_DESCRIPTION,
+        epilog="options:\n" + options.partition("_self_\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="what to search; options below")
+    print(tune(parser.parse_args(list(argv)).overrides))
+    return 0
+
+
+def tune(overrides: Sequence[str] = ()) -> Path:
+    """Search as `overrides` of conf/tune.yaml ask; returns the path of the YAML written.
+
+    Raises:
+        VPruneError: a value out of range, a method without thirds, or optuna is not installed.
+
+    Example:
+        >>> tune(["trials=5", "samples=2"])  # doctest: +SKIP
+        PosixPath('runs/tune/embedded-vflowopt-0.1/vflowopt_tuned.yaml')
+    """
+    from rich.progress import Progress
+
+    from vprune.eval.console import make_console
+    from vprune.eval.overrides import compose_all
+    from vprune.training.tuner import LastTokenFlow, line, search, write_method
+
+    config = compose_all(overrides, primary="tune")[0].config
+    for key, least in (("samples", 1), ("trials", 1), ("seed", 0), ("batch_size", 1)):
+        if isinstance(config[key], bool) or not isinstance(config[key], int) or config[key] < least:
+            raise VPruneError(f"{key}={config[key]}: expected an integer >= {least}")
+    method = {key: value for key, value in config["method"].items() if key not in ("name", "file")}
+    name, source = config["method"]["name"], config["method"].get("file", config["method"]["name"])
+    fixed = {key: config[key] for key in ("keep", "recycle", "size_aware") if config[key] is not None}
+    model_name = str(config["model"]["name"]).rsplit("/", 1)[-1]
+    folder = Path(str(config["out"] or f"runs/tune/{model_name}-{name}-{config['keep']}")).expanduser()
+    console = make_console()
+    options = {**_changed(method, source), **fixed}
+    flow = LastTokenFlow(*_samples(config, folder))
+    tried, total = [], config["trials"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "trials.jsonl").open("w", encoding="utf-8") as log, Progress(console=console) as bar:
+        task = bar.add_task("tuning", total=total)
+        for trial in search(flow, source, options, total, config["seed"]):
+            tried.append(trial)
+            log.write(line(trial))
+            log.flush()
+            best = max(tried, key=lambda one: one.flow)
+            bar.update(task, advance=1, description=f"flow {best.flow:.5f} (own {tried[0].flow:.5f})")
+    says = (
+        f"Tuned by `vprune tune` for model={config['model']['name']} keep={config['keep']}: {total} settings tried on "
+        f"{config['samples']} samples, seed {config['seed']}."
+    )
+    tuned = name if name.endswith("_tuned") else f"{name}_tuned"
+    return write_method(folder, tuned, {**method, **fixed}, best, tried[0], says)
+
+
+def _changed(method: dict[str, Any], source: str) -> dict[str, Any]:
+    """What overrides changed of the method's own configuration, as options of `load_method`."""
+    from vprune.eval.settings import changes
+    from vprune.pruner import read_method
+
+    return dict(changes(method, read_method(source)))
+
+
+def _samples(config: dict[str, Any], folder: Path) -> tuple[Any, list[Any]]:
+    """The model, and the inputs of the questions drawn."""
+    from vprune.eval.batches import draw
+    from vprune.eval.models import ModelChoice, load
+    from vprune.eval.predictor import Predictor
+    from vprune.eval.run import load_benchmark
+
+    model, engine, size = config["model"], config["engine"], config["batch_size"]
+    benchmark = load_benchmark(json.dumps(config["benchmark"]), str(folder))
+    choice = ModelChoice(
+        path=model["path"],
+        revision=model["revision"],
+        trust_remote_code=model["trust_remote_code"],
+        dtype=config["dtype"],
+        device=config["device"],
+        attention=engine["attention"],
+    )
+    loaded = load(choice)
+    drawn = draw(benchmark.samples, config["samples"], config["seed"])
+    predictor = Predictor(loaded, benchmark, max_new_tokens=1)
+    return loaded, [predictor.prepare(drawn[at : at + size]).inputs for at in range(0, len(drawn), size)]
