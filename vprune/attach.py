@@ -13,7 +13,17 @@ from torch.utils.hooks import RemovableHandle
 
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy, carries_images, dissect, refuse_compiled, visual_kinds
-from vprune.models.cache import cache_in, fixed_size, logical, of_one_kind, widened
+from vprune.models.aside import aside, moment_of
+from vprune.models.cache import (
+    cache_in,
+    fixed_size,
+    is_static,
+    logical,
+    of_one_kind,
+    stored_length,
+    widened,
+    without_cache,
+)
 from vprune.models.masks import layer_mask, prefill_mask, refuse_bias, refuse_windows, stored_mask
 from vprune.models.prefill import callers_mask, masks_of_model, read_prefill, restored, shortened_deepstack, with_cache
 from vprune.models.tower import TowerWatch
@@ -89,6 +99,8 @@ class Pruning:
         self._visual: Tensor | None = None  # places of this forward's visual tokens, bool [kinds, B, L]
         self._mask: Tensor | None = None  # the caller's 2-D mask, where the model hands finished ones to its decoder
         self._passage: Passage | None = None  # the prefill that the decoder is running
+        self._whole: tuple[dict[str, Any], Any] | None = None  # one that stays as it is, to be told of afterwards
+        self._carried = False  # whether this forward brought images
         self._layers_watched = False
         self._layer_masks: dict[Any, Any] = {}  # of this forward, for layers that store other rows than the first
 
@@ -154,7 +166,7 @@ class Pruning:
         self._tower.forget()
 
     def _forget(self) -> None:
-        self._visual = self._mask = self._passage = None
+        self._visual = self._mask = self._passage = self._whole = None
         self._layer_masks = {}
 
     def _watch_layers(self) -> None:
@@ -175,12 +187,16 @@ class Pruning:
         if kwargs.get("mm_encoder_outputs") is None:
             self._tower.forget()  # the tower runs inside this forward; what it saw before belongs to no one
         self._tower.keep_for_later()
+        self._carried = True
         input_ids = args[0] if args else kwargs.get("input_ids")
-        self._visual = visual_kinds(self._anatomy, input_ids, kwargs.get("inputs_embeds"))
+        visual = visual_kinds(self._anatomy, input_ids, kwargs.get("inputs_embeds"))
+        # Looked at now, before the tower is in the device's queue: later, the answer would wait for it.
+        self._visual = visual if bool(visual.any()) else None
 
     def _after_base(self, base: nn.Module, args: Any, output: Any) -> None:
-        if self._visual is not None:
+        if self._carried:
             self._tower.forget()
+        self._carried = False
         self._forget()
 
     def _before_decoder(
@@ -188,7 +204,10 @@ class Pruning:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if kwargs.get("inputs_embeds") is None:
             return None
-        if self._visual is not None and bool(self._visual.any()):
+        if self._visual is not None:
+            if self._stays_whole(kwargs):
+                self._whole = kwargs, moment_of(kwargs["inputs_embeds"])
+                return None
             kwargs = self._begin(with_cache(self._anatomy, kwargs), self._visual)
         cache = cache_in(kwargs)
         if logical(cache) is None:
@@ -200,6 +219,24 @@ class Pruning:
             inputs, own = kwargs["inputs_embeds"], callers_mask(kwargs, self._mask)
             kwargs = {**kwargs, "attention_mask": stored_mask(cache, own, inputs, self._anatomy.backend)}
         return args, kwargs
+
+    def _stays_whole(self, kwargs: dict[str, Any]) -> bool:
+        """True when nothing can be pruned and nothing was: the decoder runs at once, and the report comes after."""
+        cache = cache_in(kwargs)
+        fresh = cache is None or not (is_static(cache) or stored_length(cache) or logical(cache))
+        return fresh and self.pruner.keeps_all and not hasattr(self._model, "hf_device_map")
+
+    def _tell(self, kwargs: dict[str, Any], moment: Any, visual: Tensor) -> None:
+        """The report of a prefill that stayed as it was; read beside the decoder's work, which may be under way."""
+        alone = without_cache(kwargs)
+        with aside(kwargs["inputs_embeds"].device, moment):
+            read = {**alone, "attention_mask": callers_mask(alone, self._mask)}
+            prefill = read_prefill(self._anatomy, read, visual, self._tower.images, self.evidence)
+            self.evidence = None
+            passage = Passage(self.pruner, prefill, None)
+            _, short = passage.enter(0, prefill.hidden)
+            assert short is None, "a method that keeps everything pruned something"
+            self.last = passage.report()
 
     def _begin(self, kwargs: dict[str, Any], visual: Tensor) -> dict[str, Any]:
         """Start the passage of this prefill; if it is shortened before layer 0, exchange the decoder's inputs."""
@@ -237,6 +274,9 @@ class Pruning:
         return {**kwargs, **features, "inputs_embeds": embeds, "position_ids": positions, "attention_mask": masked}
 
     def _after_decoder(self, decoder: nn.Module, args: Any, output: Any) -> Any:
+        if self._whole is not None and self._visual is not None:
+            self._tell(*self._whole, self._visual)
+            self._whole = None
         if self._passage is None or not self._passage.shortened:
             return None
         self._passage.finish()

@@ -291,7 +291,7 @@ def chained(first: Tensor | None, then: Tensor) -> Tensor:
     """The columns [B, K2] among the columns [B, K1] of `first`, -1 = padding; None = all."""
     if first is None:
         return then
-    return torch.where(then >= 0, first.gather(1, then.clamp(min=0)), -1)
+    return torch.where(then >= 0, first.to(then.device).gather(1, then.clamp(min=0)), -1)
 
 
 def gather_rotations(part: Tensor, index: Tensor) -> Tensor:

@@ -115,6 +115,11 @@ class Pruner:
         """The stages (layer, keep), layers rising."""
         return checked_stages(self.stages, self.keep)
 
+    @property
+    def keeps_all(self) -> bool:
+        """True when every token of every image stays as it is."""
+        return self.schedule == ((0, 1.0),) and isinstance(self.schedule[0][1], float)
+
     def scoring_layer(self, stage: int) -> int:
         """The layer before which the importance for the stage at layer `stage` is measured: its own or an earlier."""
         layer = getattr(self.scorer, "layer", None)

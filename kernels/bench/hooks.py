@@ -18,7 +18,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -197,12 +197,14 @@ def generate_ms(model: Any, inputs: dict[str, Tensor], case: Case, clock: Clock)
         return (time.perf_counter() - start) * 1e3
 
 
-def interleaved(work: Callable[[Case], Any], repeats: int, warm_up: int) -> dict[Case, list[Any]]:
+def interleaved(
+    work: Callable[[Case], Any], cases: Sequence[Case], repeats: int, warm_up: int
+) -> dict[Case, list[Any]]:
     """The results of every case; who comes first turns with every repeat."""
-    results: dict[Case, list[Any]] = {case: [] for case in CASES}
+    results: dict[Case, list[Any]] = {case: [] for case in cases}
     for repeat in range(-warm_up, repeats):
-        turn = repeat % len(CASES)
-        for case in (*CASES[turn:], *CASES[:turn]):
+        turn = repeat % len(cases)
+        for case in (*cases[turn:], *cases[:turn]):
             result = work(case)
             if repeat >= 0:
                 results[case].append(result)
@@ -218,20 +220,20 @@ def compared(own: list[float], base: list[float]) -> dict[str, float]:
     return {"ms": middle, "ratio": ratio, "ratio_p25": quarters[0], "ratio_p75": quarters[2]}
 
 
-def measure(family: str, device: torch.device, tiny: bool, repeats: int) -> dict[str, Any]:
-    """All cases of one family."""
+def measure(family: str, cases: Sequence[Case], device: torch.device, tiny: bool, repeats: int) -> dict[str, Any]:
+    """The cases of one family."""
     dtype, clock, started = torch.float32 if tiny else torch.bfloat16, Clock(device), time.perf_counter()
     config, brought = FAMILIES[family](tiny)
     model = build(config, device, dtype)
     inputs = complete(model, brought, dtype)
     built = time.perf_counter() - started
     weights = torch.cuda.memory_allocated() if clock.cuda else 0
-    runs = interleaved(lambda case: run(model, inputs, case, clock), repeats, 3)
-    answers = interleaved(lambda case: generate_ms(model, inputs, case, clock), math.ceil(repeats / 2), 1)
+    runs = interleaved(lambda case: run(model, inputs, case, clock), cases, repeats, 3)
+    answers = interleaved(lambda case: generate_ms(model, inputs, case, clock), cases, math.ceil(repeats / 2), 1)
     pixels = {name: part for name, part in inputs.items() if name in brought}
-    plain = runs[CASES[0]]
+    plain = runs[cases[0]]
     rows = []
-    for case in CASES:
+    for case in cases:
         own = runs[case]
         by_hand = bytes_by_hand(config, own[-1].stored, dtype)
         assert own[-1].logits.isfinite().all()
@@ -241,7 +243,7 @@ def measure(family: str, device: torch.device, tiny: bool, repeats: int) -> dict
                 "name": case.name,
                 "prefill": compared([one.prefill_ms for one in own], [one.prefill_ms for one in plain]),
                 "decode_step": compared([one.decode_ms for one in own], [one.decode_ms for one in plain]),
-                "generate": compared(answers[case], answers[CASES[0]]),
+                "generate": compared(answers[case], answers[cases[0]]),
                 "plan_ms": statistics.median(one.plan_ms for one in own),
                 "peak_bytes": max(one.peak_bytes for one in own),
                 "cache_bytes": own[-1].cache_bytes,
@@ -294,6 +296,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for hooks.json")
     parser.add_argument("--family", choices=FAMILIES, help="default: both, one after the other")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--keep-all", action="store_true", help="only what the hooks cost where nothing is pruned")
     parser.add_argument(
         "--tiny", action="store_true", help="small shapes on the CPU: tries the script, measures nothing"
     )
@@ -313,9 +316,10 @@ def main() -> None:
         "tiny": options.tiny,
         "families": [],
     }
+    cases = [case for case in CASES if case.keep == 1 or not options.keep_all]
     options.out.mkdir(parents=True, exist_ok=True)
     for family in [options.family] if options.family else FAMILIES:
-        found["families"].append(measure(family, device, options.tiny, options.repeats))
+        found["families"].append(measure(family, cases, device, options.tiny, options.repeats))
         # Written after each family: a run that is cut off keeps what it has.
         (options.out / "hooks.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         gc.collect()

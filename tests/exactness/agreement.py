@@ -60,6 +60,6 @@ def generate(model: Any, **options: Any) -> Any:
     finally:
         hook.remove()
     assert len(seen) == len(out.logits)
-    assert all(torch.equal(own.float(), given) for own, given in zip(seen, out.logits, strict=True))
+    assert all(torch.equal(own.float().to(given.device), given) for own, given in zip(seen, out.logits, strict=True))
     out.logits = tuple(seen)
     return out

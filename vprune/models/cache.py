@@ -38,6 +38,11 @@ def cache_in(kwargs: Mapping[str, Any]) -> Any:
     return next((one for name in _NAMES if (one := kwargs.get(name)) is not None), None)
 
 
+def without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of such a module but for the cache."""
+    return {name: value for name, value in kwargs.items() if name not in _NAMES}
+
+
 @dataclass(frozen=True)
 class StoredRows:
     """What is known of the first V rows that a cache layer stores; all later rows are valid and unmerged.

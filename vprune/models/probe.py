@@ -113,13 +113,15 @@ def layer_attention(prefill: Prefill, layer: int) -> Captured:
                         **cache_for(module, past),
                     )
                     hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        return capture(
+        caught = capture(
             chosen.self_attn,
             hidden_states=chosen.input_layernorm(hidden),
             position_embeddings=rope,
             attention_mask=None,
             **cache_for(chosen.self_attn, past),
         )
+        device = prefill.hidden.device  # the layer may lie on another one
+        return Captured(caught.query.to(device), caught.key.to(device), caught.scale)
 
 
 def rotations(decoder: Any, layer: int, below: bool, hidden: Tensor, positions: Tensor) -> Any:

@@ -52,6 +52,10 @@ class _Reached(Exception):  # noqa: N818 - a signal that is always caught, no er
 class _Reader(Pruner):
     """A method that prunes nothing: it tells what it was shown, and the model goes no further."""
 
+    @property
+    def keeps_all(self) -> bool:
+        return False  # it wants to be shown the prompt before the decoder runs
+
     def score(self, prefill: Prefill) -> NoReturn:
         raise _Reached(prefill)
 
