@@ -26,7 +26,7 @@ from vprune.scoring.relevance import answer_places
 from vprune.selection import spread_order
 from vprune.training.prompts import Answered
 
-_NEVER = -30.0  # log of the weight of a token that is out for good
+_LEAST = -30.0  # log of the weight that soft gates may shrink to, so that they can open again
 _HALVINGS = 30  # of the interval in which the border between in and out is looked for
 
 
@@ -80,9 +80,9 @@ def gate(scores: Tensor, rows: Tensor, grid: Grid, how: Budgeting) -> Gated:
     hard = torch.zeros_like(scores).scatter(1, chosen, 1.0)
     if how.temperature:
         inside = logits - border_of(logits, pure)
-        log_gates, left = logsigmoid(inside).clamp(min=_NEVER), torch.sigmoid(-inside)
+        log_gates, left = logsigmoid(inside).clamp(min=_LEAST), torch.sigmoid(-inside)
     else:
-        log_gates, left = torch.where(hard > 0, 0.0, _NEVER), 1 - hard
+        log_gates, left = torch.zeros_like(scores).masked_fill(hard == 0, -torch.inf), 1 - hard
     if not anchors:
         nothing = rows.new_zeros((count, 0))
         return Gated(log_gates, rows.new_zeros((count, 0, rows.shape[-1])), nothing, nothing.long())
@@ -129,7 +129,7 @@ def gated_states(
     anatomy, hidden, device = prefill.anatomy, prefill.hidden, prefill.hidden.device
     _refuse(anatomy, prefill)
     batch, length = prefill.valid.shape
-    bias = hidden.new_zeros((batch, length), dtype=torch.float32)
+    bias = groups[0][1].log_gates.new_zeros((batch, length))
     total = torch.zeros(batch, dtype=torch.long)
     parts = []
     for images, gated in groups:
@@ -152,11 +152,12 @@ def gated_states(
         sizes = sizes.index_put((sample_of, slots), gated.sizes.clamp(min=1e-6).log())
         places = places.index_put((sample_of, slots), where)
     order = torch.cat([torch.arange(length, device=device).expand(batch, -1), places], 1)
-    there = torch.cat([prefill.valid, sizes.detach() > -torch.inf], 1)
+    weights = torch.cat([bias, sizes], 1)
+    there = torch.cat([prefill.valid, torch.ones_like(sizes, dtype=torch.bool)], 1) & (weights.detach() > -torch.inf)
     allowed = there[:, None, None] & (order[:, None, None] <= order[:, None, :, None])
     itself = torch.eye(length + width, dtype=torch.bool, device=device)
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
-    added = torch.cat([bias, sizes.masked_fill(sizes == -torch.inf, 0.0)], 1).to(dtype)
+    added = weights.masked_fill(~there, 0.0).to(dtype)
     mask = torch.where(allowed | itself, added[:, None, None], least(dtype))
     positions = prefill.positions.expand(*prefill.positions.shape[:-2], batch, -1)
     positions = torch.cat(

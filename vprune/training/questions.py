@@ -15,6 +15,7 @@ from vprune.eval.benchmarks.folder import Folder
 from vprune.eval.benchmarks.sample import Sample
 from vprune.eval.models import LoadedModel, ModelChoice, load
 from vprune.eval.predictor import Predictor
+from vprune.models.anatomy import dissect
 from vprune.training.prompts import Answered, with_answers
 
 _HELD_OUT = 0.05  # of the questions, at least one batch: what progress is measured on
@@ -89,8 +90,11 @@ class Questions:
         said = model.generate(**inputs, max_new_tokens=_LONGEST, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         ends = model.generation_config.eos_token_id
         stops = set(ends if isinstance(ends, list) else [ends])
+        placeholders = set(dissect(model).token_ids)  # said by a model, they stand for no picture
         with self.file.open("a", encoding="utf-8") as file:
             for sample, row in zip(samples, said.tolist(), strict=True):
                 end = next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
-                self._answers[sample.id] = row[:end]
-                file.write(json.dumps({"id": sample.id, "tokens": row[:end]}) + "\n")
+                said_before = next((place for place, token in enumerate(row) if token in placeholders), end)
+                words = row[: min(end, said_before)] or [self.loaded.processor.tokenizer.eos_token_id]
+                self._answers[sample.id] = words
+                file.write(json.dumps({"id": sample.id, "tokens": words}) + "\n")

@@ -161,6 +161,7 @@ class _Run:
             return self._relevance_loss(prefill, features, number)
         chance = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
         pick = torch.multinomial(torch.tensor(list(self.config.effect.how_often)), 1, generator=chance)
+        torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # so that a run that goes on draws the same noise
         wanted, progress = self.config.effect, self.progress()
         first, last = wanted.temperature
         how = replace(
@@ -223,8 +224,8 @@ class _Run:
         warm = min(1.0, (self.step + 1) / max(1, self.config.optimizer.warmup))
         return float(self.config.optimizer.lr * warm * 0.5 * (1 + math.cos(math.pi * self.progress())))
 
-    def loop(self) -> None:
-        """Train until the schedule ends; log, measure and save on the way."""
+    def loop(self, until: int | None = None) -> None:
+        """Train until the schedule ends (or step `until`); log, measure and save on the way."""
         from vprune.training.vlm import progress_bar
 
         config, recent, started = self.config, [], time.perf_counter() - self.seconds
@@ -232,7 +233,7 @@ class _Run:
         batches = self._numbered()
         with progress_bar() as bar:
             task = bar.add_task("train scorer", total=1.0, note="")
-            while self.progress() < 1:
+            while self.progress() < 1 and self.step != until:
                 for group in self.optimizer.param_groups:
                     group["lr"] = self._rate()
                 number, batch = next(batches)
