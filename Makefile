@@ -5,6 +5,7 @@
 # make test-sample  some of the tests with the oldest version of MATRIX, where that can be installed
 # make compatibility  the tests of exactness, and docs/compatibility.md from what they found
 # make lint       ruff and mypy --strict
+# make bench-tables  figures and tables from the measurements in kernels/bench/results
 # make build      wheel and sdist into dist/
 
 PYTHON ?= python3
@@ -27,7 +28,7 @@ PIP_INSTALL = $(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-
 # One thread a worker for tests; nothing here needs the network once the packages are in.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-slow test-matrix test-sample compatibility lint format build clean help
+.PHONY: demo test test-slow test-matrix test-sample compatibility lint format bench-tables build clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -92,6 +93,9 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench-tables: $(STAMP)
+	$(BIN)/python kernels/bench/plots.py --readme README.md
 
 build: $(STAMP)
 	$(BIN)/python -m build

@@ -28,8 +28,8 @@ _VERBS: dict[str, tuple[str, str | None]] = {
 _RECIPES: dict[str, tuple[str, str | None]] = {
     "vlm": ("the embedded vision-language model, from scratch", "vprune.training.cli"),
     "scorer": ("the network that learns which tokens matter", "vprune.training.cli"),
-    "clip": ("the embedded CLIP", None),
-    "sam": ("the embedded SAM", None),
+    "clip": ("the embedded CLIP, which names crops and compares words", "vprune.training.cli"),
+    "sam": ("the embedded SAM, which draws masks from points, boxes and masks", "vprune.training.cli"),
 }
 
 

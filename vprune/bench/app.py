@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
+from vprune.bench.results import options_text, read_words, write
 from vprune.errors import VPruneError
 
 DONE, SOME_FAILED, MISTAKE = 0, 1, 2
 
-# what is timed -> (a sentence, where its main lives; None: not built yet)
-SUBJECTS: dict[str, tuple[str, str | None]] = {
+# what is timed -> (a sentence, where its main lives)
+SUBJECTS: dict[str, tuple[str, str]] = {
     "kernels": (
         "every operation of vprune.kernels, against plain torch and the copy of as many bytes",
         "vprune.bench.app",
     ),
-    "model": ("a whole model, pruned, unpruned, and as short as the pruned one from the start", None),
+    "model": ("a whole model, pruned, unpruned, and as short as the pruned one from the start", "vprune.bench.model"),
 }
 _USAGE = """\
 usage: vprune bench SUBJECT [key=value ...]
@@ -30,12 +27,21 @@ subjects:
 {subjects}
 
 options of `vprune bench kernels`:
-{options}
+{kernels}
 
 On a CUDA device the operations run at the sizes of 7B models (about 40 GiB of its memory), inputs taking turns so that
 no cache flatters the numbers. On a CPU the torch references are timed, at tiny sizes: a trial of the bench, not of the
 kernels. An operation whose result is not that of its reference is named and not timed.
-exit codes: 0 done, 1 an operation failed its check, 2 a mistake in the command"""
+
+options of `vprune bench model`:
+{model}
+
+Architectures are true and at full size on a CUDA device, their weights random: nothing is downloaded. All three sides,
+the pruned model, the unpruned one and the oracle (as many tokens from the start as pruning leaves, nothing hooked),
+share their weights and take turns. A prefill is timed from the decoder's entry, the device idle, to the first token,
+the hooks before it added; an answer around `generate`, vision tower included. What does not fit into memory is named.
+
+exit codes: 0 done, 1 a check failed, 2 a mistake in the command"""
 
 
 @dataclass(frozen=True)
@@ -107,21 +113,16 @@ def main(argv: Sequence[str]) -> int:
         return DONE
     if subject == "kernels":
         return bench_kernels(read_options(rest))
-    home = SUBJECTS[subject][1]
-    if home is None:
-        raise VPruneError(f"vprune bench {subject} is not built yet; see vprune bench --help for what is")
-    code: int = import_module(home).main(rest)
+    code: int = import_module(SUBJECTS[subject][1]).main(rest)
     return code
 
 
 def help_text() -> str:
     """The subjects, and every option with its default and meaning."""
-    subjects = [f"  {name:<9}{text}{'' if home else ' (not built yet)'}" for name, (text, home) in SUBJECTS.items()]
-    options = []
-    for field in fields(Options):
-        default = "" if field.default is None else field.default
-        options.append(f"  {f'{field.name}={default}':<18} {_MEANINGS[field.name]}")
-    return _USAGE.format(subjects="\n".join(subjects), options="\n".join(options))
+    subjects = [f"  {name:<9}{text}" for name, (text, _) in SUBJECTS.items()]
+    kernels = options_text(Options, _MEANINGS)
+    model = import_module(SUBJECTS["model"][1]).help_text()
+    return _USAGE.format(subjects="\n".join(subjects), kernels=kernels, model=model)
 
 
 def read_options(words: Sequence[str]) -> Options:
@@ -130,14 +131,6 @@ def read_options(words: Sequence[str]) -> Options:
     Raises:
         VPruneError: a word is no key=value, a key is unknown, or a value is none of those allowed.
     """
-    values: dict[str, Any] = {}
-    for word in words:
-        key, sign, value = word.partition("=")
-        if not sign or key not in _MEANINGS:
-            close = get_close_matches(key, _MEANINGS, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise VPruneError(f"vprune bench kernels takes no {word!r}{hint}; its options are {', '.join(_MEANINGS)}")
-        values[key] = value
     choices = {
         "device": ("cuda", "cpu"),
         "size": ("full", "tiny"),
@@ -145,14 +138,7 @@ def read_options(words: Sequence[str]) -> Options:
         "backend": ("auto", "triton", "torch"),
         "compile": ("true", "false"),
     }
-    for key, allowed in choices.items():
-        if key in values and values[key] not in allowed:
-            raise VPruneError(f"{key}={values[key]}: choose one of {', '.join(allowed)}")
-    if "repeats" in values:
-        if not values["repeats"].isdecimal() or int(values["repeats"]) < 1:
-            raise VPruneError(f"repeats={values['repeats']}: give a number, at least 1")
-        values["repeats"] = int(values["repeats"])
-    return Options(**values)
+    return Options(**read_words("kernels", words, _MEANINGS, choices, ("repeats",)))
 
 
 def bench_kernels(options: Options) -> int:
@@ -186,7 +172,7 @@ def bench_kernels(options: Options) -> int:
     environment = describe(device, options.dtype, None)
     environment["git_commit"] = environment["git_commit"] or options.commit
     folder = Path(options.out)
-    write(folder, rows, environment | {"options": asdict(options) | {"device": str(device), "size": size}})
+    write(folder, Row, rows, environment | {"options": asdict(options) | {"device": str(device), "size": size}})
     print(f"wrote {folder / 'bench.csv'} and {folder / 'bench.json'}")
     return SOME_FAILED if any(row.problem for row in rows) else DONE
 
@@ -206,14 +192,3 @@ def line_of(row: Row) -> str:
     if row.problem:
         parts.append(row.problem)
     return f"{head}\n    " + ", ".join(parts)
-
-
-def write(folder: Path, rows: Sequence[Row], environment: dict[str, Any]) -> None:
-    """bench.csv with a row a case, bench.json with the same and what it ran on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "bench.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, [field.name for field in fields(Row)])
-        table.writeheader()
-        table.writerows([asdict(row) for row in rows])
-    content = {"environment": environment, "rows": [asdict(row) for row in rows]}
-    (folder / "bench.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -104,3 +104,39 @@ def _captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph | None:
         torch.cuda.synchronize()
         return None
     return graph
+
+
+class Clock:
+    """Points of time of a device's queue (CUDA events), or of the host where there is no GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def wait(self) -> None:
+        """Let the device finish."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def mark(self) -> Any:
+        """Now, as the queue counts it."""
+        if not self.cuda:
+            return time.perf_counter()
+        event: Any = torch.cuda.Event  # its constructor is not annotated
+        now = event(enable_timing=True)
+        now.record()
+        return now
+
+    def between(self, start: Any, end: Any) -> float:
+        """Milliseconds from one point to another, after `wait`."""
+        return float(start.elapsed_time(end)) if self.cuda else float(end - start) * 1e3
+
+    def start_peak(self) -> int:
+        """Begin to watch the device's memory; how many bytes are taken now, 0 where there is no GPU."""
+        if not self.cuda:
+            return 0
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+
+    def peak(self) -> int:
+        """The most bytes that were taken since then."""
+        return torch.cuda.max_memory_allocated() if self.cuda else 0

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax, logsigmoid, one_hot
+from torch.nn.functional import log_softmax, logsigmoid, one_hot, pad
 
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy
@@ -27,6 +27,7 @@ from vprune.selection import spread_order
 from vprune.training.prompts import Answered
 
 _LEAST = -30.0  # log of the weight that soft gates may shrink to, so that they can open again
+_STEP = 32  # lengths are multiples of it: fused kernels want it, and graphs stay few
 _HALVINGS = 30  # of the interval in which the border between in and out is looked for
 
 
@@ -40,6 +41,8 @@ class Budgeting:
         distance: what distance takes off likeness.
         temperature: of the gates, 0 = the choice is hard, as pruning makes it.
         noise: how much of a logistic distribution is added to the gates' logits, so that few gates stand half open.
+        widest: tokens beyond so many times the budget get no gate at all, which shortens what a step has to read.
+        power: merged rows are means with the weights softmax(scores) ** power, 0 = all tokens alike.
     """
 
     keep: float
@@ -47,19 +50,23 @@ class Budgeting:
     distance: float = 0.5
     temperature: float = 0.0
     noise: float = 0.0
+    widest: float = math.inf
+    power: float = 0.0
 
 
 @dataclass(frozen=True)
 class Gated:
     """The visual tokens of images of one grid under a choice.
 
-    The log of their gates [I, N], merged rows [I, A, D], their sizes [I, A] and the tokens where they stand [I, A].
+    The log of their gates [I, N], of which `open` an image are not shut for good, merged rows [I, A, D], their sizes
+    [I, A] and the tokens where they stand [I, A].
     """
 
     log_gates: Tensor
     merged: Tensor
     sizes: Tensor
     anchors: Tensor
+    open: int
 
 
 def gate(scores: Tensor, rows: Tensor, grid: Grid, how: Budgeting) -> Gated:
@@ -78,14 +85,19 @@ def gate(scores: Tensor, rows: Tensor, grid: Grid, how: Budgeting) -> Gated:
         logits = scores / how.temperature + how.noise * torch.logit(even)
     chosen = logits.detach().topk(pure, -1).indices
     hard = torch.zeros_like(scores).scatter(1, chosen, 1.0)
+    stays_open = pure
     if how.temperature:
         inside = logits - border_of(logits, pure)
         log_gates, left = logsigmoid(inside).clamp(min=_LEAST), torch.sigmoid(-inside)
+        stays_open = int(min(tokens, how.widest * budget))
+        if stays_open < tokens:
+            near = logits.detach().topk(stays_open, -1).indices
+            log_gates = torch.full_like(log_gates, -torch.inf).scatter(1, near, log_gates.gather(1, near))
     else:
         log_gates, left = torch.zeros_like(scores).masked_fill(hard == 0, -torch.inf), 1 - hard
     if not anchors:
         nothing = rows.new_zeros((count, 0))
-        return Gated(log_gates, rows.new_zeros((count, 0, rows.shape[-1])), nothing, nothing.long())
+        return Gated(log_gates, rows.new_zeros((count, 0, rows.shape[-1])), nothing, nothing.long(), stays_open)
     spread = spread_order(grid).to(scores.device)
     rank = torch.empty_like(spread).index_copy(0, spread, torch.arange(tokens, device=scores.device))
     places = (rank + tokens * hard.long()).topk(anchors, -1, largest=False).indices.sort(-1).values
@@ -98,8 +110,12 @@ def gate(scores: Tensor, rows: Tensor, grid: Grid, how: Budgeting) -> Gated:
         joins.scatter_(1, places, torch.arange(anchors, device=scores.device).expand(count, -1))
     member = one_hot(joins, anchors).to(scores.dtype) * left[..., None]
     sizes = member.sum(1)
-    merged = member.transpose(1, 2) @ rows.to(scores.dtype) / sizes.clamp(min=1e-6)[..., None]
-    return Gated(log_gates, merged, sizes, places)
+    shares = member
+    if how.power:
+        highest = scores.amax(-1, keepdim=True).detach()
+        shares = member * (how.power * (scores - highest)).exp()[..., None]
+    merged = shares.transpose(1, 2) @ rows.to(scores.dtype) / shares.sum(1).clamp(min=1e-9)[..., None]
+    return Gated(log_gates, merged, sizes, places, stays_open)
 
 
 def border_of(logits: Tensor, count: int) -> Tensor:
@@ -130,20 +146,22 @@ def gated_states(
     _refuse(anatomy, prefill)
     batch, length = prefill.valid.shape
     bias = groups[0][1].log_gates.new_zeros((batch, length))
-    total = torch.zeros(batch, dtype=torch.long)
+    total, read = [0] * batch, [length] * batch  # merged rows, and rows that count, of each sample
     parts = []
     for images, gated in groups:
         sample = torch.tensor([image.sample for image in images])
         columns = torch.stack([image.columns for image in images]).to(device)
         on_device = sample.to(device)
         bias = bias.index_put((on_device[:, None], columns), gated.log_gates)
-        count, anchors = gated.anchors.shape
-        start = torch.zeros(count, dtype=torch.long)
-        for number, row in enumerate(sample.tolist()):
-            start[number], total[row] = total[row], total[row] + anchors
-        slots = (start[:, None] + torch.arange(anchors)).to(device)
+        anchors = gated.anchors.shape[1]
+        start = []
+        for image in images:
+            start.append(total[image.sample])
+            total[image.sample] += anchors
+            read[image.sample] += gated.open + anchors - len(image)
+        slots = (torch.tensor(start)[:, None] + torch.arange(anchors)).to(device)
         parts.append((on_device[:, None], slots, gated, columns.gather(1, gated.anchors)))
-    width = -(-(length + int(total.max())) // 8) * 8 - length  # fused kernels want multiples of eight
+    width = max(total)
     merged = hidden.new_zeros((batch, width, hidden.shape[-1]))
     sizes = bias.new_full((batch, width), -torch.inf)
     places = torch.full((batch, width), length, dtype=torch.long, device=device)
@@ -151,19 +169,31 @@ def gated_states(
         merged = merged.index_put((sample_of, slots), gated.merged.to(merged.dtype))
         sizes = sizes.index_put((sample_of, slots), gated.sizes.clamp(min=1e-6).log())
         places = places.index_put((sample_of, slots), where)
-    order = torch.cat([torch.arange(length, device=device).expand(batch, -1), places], 1)
-    weights = torch.cat([bias, sizes], 1)
-    there = torch.cat([prefill.valid, torch.ones_like(sizes, dtype=torch.bool)], 1) & (weights.detach() > -torch.inf)
-    allowed = there[:, None, None] & (order[:, None, None] <= order[:, None, :, None])
-    itself = torch.eye(length + width, dtype=torch.bool, device=device)
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
-    added = weights.masked_fill(~there, 0.0).to(dtype)
-    mask = torch.where(allowed | itself, added[:, None, None], least(dtype))
     positions = prefill.positions.expand(*prefill.positions.shape[:-2], batch, -1)
     positions = torch.cat(
         [positions, positions.gather(-1, places.clamp(max=length - 1).expand(*positions.shape[:-1], -1))], -1
     )
-    return decoder_states(anatomy, torch.cat([hidden, merged], 1), mask, positions, compiled)[:, :length]
+    order = torch.cat([torch.arange(length, device=device).expand(batch, -1), places], 1)
+    weights = torch.cat([bias, sizes], 1)
+    rows = torch.cat([hidden, merged], 1)
+    there = torch.cat([prefill.valid, torch.ones_like(sizes, dtype=torch.bool)], 1) & (weights.detach() > -torch.inf)
+    # Only what counts is read: what is shut for good goes, and so does padding where it leaves room.
+    left = -(-max(read) // _STEP) * _STEP
+    more = max(0, left - there.shape[1])
+    rows, positions = pad(rows, (0, 0, 0, more)), pad(positions, (0, more))
+    order, weights, there = pad(order, (0, more)), pad(weights, (0, more)), pad(there, (0, more))
+    columns = there.byte().argsort(dim=1, descending=True, stable=True)[:, :left].sort(1).values
+    rows = rows.gather(1, columns[..., None].expand(-1, -1, rows.shape[-1]))
+    order, weights, there = (one.gather(1, columns) for one in (order, weights, there))
+    positions = positions.gather(-1, columns.expand(*positions.shape[:-1], -1))
+    allowed = there[:, None, None] & (order[:, None, None] <= order[:, None, :, None])
+    itself = torch.eye(left, dtype=torch.bool, device=device)
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
+    added = weights.masked_fill(~there, 0.0).to(dtype)
+    mask = torch.where(allowed | itself, added[:, None, None], least(dtype))
+    states = decoder_states(anatomy, rows, mask, positions, compiled)
+    whole = states.new_zeros((batch, length + width + more, states.shape[-1]))
+    return whole.scatter(1, columns[..., None].expand(-1, -1, states.shape[-1]), states)[:, :length]
 
 
 def full_states(prefill: Prefill, compiled: bool = False) -> Tensor:
@@ -212,6 +242,11 @@ def answer_logits(model: Any, states: Tensor, batch: Answered) -> Tensor:
     """The logits [T, V] that predict the tokens of the answers, all of the batch in a row."""
     logits: Tensor = model.get_output_embeddings()(states[answer_places(batch.inputs["input_ids"], batch.answer)[0]])
     return logits.float()
+
+
+def certain(batch: Answered, vocabulary: int) -> Tensor:
+    """Logits [T, V] that hold the tokens of the answers for certain, in place of the full model's."""
+    return 1e4 * one_hot(batch.inputs["input_ids"][batch.answer], vocabulary).float()
 
 
 def divergence(full: Tensor, pruned: Tensor, batch: Answered) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -36,11 +37,6 @@ class Answered:
 
     def __len__(self) -> int:
         return int(self.answer.shape[0])
-
-    def rows(self, rows: Tensor) -> Answered:
-        """Some of the batch, LongTensor `rows`; each must have its own part of every input (one image each)."""
-        part = {key: value[rows.to(value.device)] for key, value in self.inputs.items()}
-        return Answered(part, self.answer[rows.to(self.answer.device)])
 
 
 class _Reached(Exception):  # noqa: N818 - a signal that is always caught, no error
@@ -104,6 +100,23 @@ def _seen_once(model: Any, repeats: int) -> Iterator[None]:
             handle.remove()
 
 
+def refuse_untrainable(prefill: Prefill) -> None:
+    """Refuse models that no scorer can be trained for: neither effect nor relevance can be followed through them.
+
+    Raises:
+        VPruneError: the model adds features between its layers, or some of its layers look back a limited way.
+    """
+    anatomy = prefill.anatomy
+    if prefill.deepstack or anatomy.has_windows:
+        layers = len(anatomy.layers)
+        windows = sum(anatomy.window_of(layer) is not None for layer in range(layers))
+        raise VPruneError(
+            f"{type(anatomy.base).__name__} adds features after {prefill.deepstack} of its {layers} layers, and "
+            f"{windows} of them look back a limited way: no scorer can be trained for it yet; choose a method that "
+            "needs no training, such as attention_max or vision"
+        )
+
+
 def with_answers(inputs: dict[str, Tensor], answers: Sequence[Sequence[int]], pad: int) -> Answered:
     """Put answers (token ids) behind left-padded prompts, and pad on the left again.
 
@@ -114,18 +127,18 @@ def with_answers(inputs: dict[str, Tensor], answers: Sequence[Sequence[int]], pa
     batch, length = ids.shape
     joined = ids.new_full((batch, length + longest), pad)
     seen, answer = torch.zeros_like(joined), torch.zeros_like(joined, dtype=torch.bool)
-    kinds = inputs.get("mm_token_type_ids")
-    typed = None if kinds is None else torch.zeros_like(joined)
+    # What a processor tells of every token beside its id: an answer is text, which is 0 in all of them.
+    kinds = {key: value for key, value in inputs.items() if key.endswith("token_type_ids")}
+    typed = {key: torch.zeros_like(joined) for key in kinds}
     for row, words in enumerate(answers):
         prompt = slice(longest - len(words), joined.shape[1] - len(words))
         joined[row, prompt], seen[row, prompt] = ids[row], mask[row]
-        if typed is not None and kinds is not None:
-            typed[row, prompt] = kinds[row]
+        for key, value in kinds.items():
+            typed[key][row, prompt] = value[row]
         joined[row, prompt.stop :] = torch.tensor(words, dtype=ids.dtype)
         seen[row, prompt.stop :], answer[row, prompt.stop :] = 1, True
     rest = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
-    rest |= {"input_ids": joined, "attention_mask": seen} | ({} if typed is None else {"mm_token_type_ids": typed})
-    return Answered(rest, answer)
+    return Answered({**rest, **typed, "input_ids": joined, "attention_mask": seen}, answer)
 
 
 class Painted:
@@ -164,12 +177,25 @@ class Painted:
         loader: Any = DataLoader(
             self._stream, batch_size=None, num_workers=self.workers, prefetch_factor=4 if self.workers else None
         )
-        for scenes, repeats, ids, mask, answer in loader:
-            images, _ = self.painter.render(scenes.to(self.device))
-            pixels = (images.float() / 127.5 - 1).repeat_interleave(repeats, 0)
-            inputs = {"input_ids": ids, "attention_mask": mask}
-            moved = {key: value.to(self.device, non_blocking=True) for key, value in inputs.items()}
-            yield Answered({**moved, "pixel_values": pixels}, answer.to(self.device), repeats)
+        drawn = iter(loader)
+        if self.device.type == "cpu":
+            while True:
+                yield self._painted(next(drawn))
+        # Painting is many small kernels: a thread launches the next batch's while the loss of this one goes backward.
+        with ThreadPoolExecutor(1, thread_name_prefix="vprune-paint") as pool:
+            ahead = pool.submit(lambda: self._painted(next(drawn)))
+            while True:
+                painted = ahead.result()
+                ahead = pool.submit(lambda: self._painted(next(drawn)))
+                yield painted
+
+    def _painted(self, drawn: tuple[Any, int, Tensor, Tensor, Tensor]) -> Answered:
+        scenes, repeats, ids, mask, answer = drawn
+        images, _ = self.painter.render(scenes.to(self.device))
+        pixels = (images.float() / 127.5 - 1).repeat_interleave(repeats, 0)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        moved = {key: value.to(self.device, non_blocking=True) for key, value in inputs.items()}
+        return Answered({**moved, "pixel_values": pixels}, answer.to(self.device), repeats)
 
 
 class _Drawn(torch.utils.data.IterableDataset[Any]):

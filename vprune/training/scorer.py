@@ -19,14 +19,20 @@ from vprune.errors import VPruneError
 from vprune.records import Prefill
 from vprune.scoring.learned import Features, identity_of, read_features
 from vprune.scoring.network import ScorerConfig, ScorerNetwork, same_grid
-from vprune.training.effect import Budgeting, answer_logits, divergence, full_states, gate, gated_states
+from vprune.training import checkpoint
+from vprune.training.effect import Budgeting, answer_logits, certain, divergence, full_states, gate, gated_states
+from vprune.training.labels import FOLDER as LABELS
 from vprune.training.labels import Labelled, label
-from vprune.training.prompts import Answered, Painted, read_prompt
-from vprune.training.questions import Questions, load_model
+from vprune.training.prompts import Answered, Painted, read_prompt, refuse_untrainable
+from vprune.training.questions import ANSWERS, LONGEST, Questions, load_model
 
 OBJECTIVES = ("effect", "relevance")
 EVALUATION_SEED = 1_000_003
 _EVALUATED = 4  # batches
+_AT_ONCE_ON_A_CPU = 16  # questions measured on: more would take longer than the training between two measurements
+_DRAWN = ("model", "questions", "limit", "seed", "optimizer.batch_size", "optimizer.questions_per_image")
+_MADE = {ANSWERS: _DRAWN[:2], LABELS: (*_DRAWN, "optimizer.kinds")}
+"""What each file of a run depends on, beside its checkpoint, which depends on everything."""
 
 
 def train(config: DictConfig) -> Path:
@@ -45,31 +51,13 @@ def train(config: DictConfig) -> Path:
     if config.optimizer.minutes is None and config.optimizer.steps is None:
         raise VPruneError("optimizer.minutes and optimizer.steps are both null: give one of them")
     out = Path(str(config.out)).expanduser()
-    claim(out, config)
+    checkpoint.claim(out, config, _MADE)
     run = _Run(config, out)
     run.say_what_it_costs()
+    run.label()
     run.resume()
     run.loop()
     return run.finish()
-
-
-def claim(out: Path, config: DictConfig) -> None:
-    """Make `out` this run's folder.
-
-    Raises:
-        VPruneError: another recipe has begun in it.
-    """
-    path = out / "config.yaml"
-    if path.exists() and (out / "checkpoint.pt").exists():
-        before: Any = OmegaConf.load(path)
-        differing = [key for key in config if key not in ("out", "device") and before.get(key) != config[key]]
-        if differing:
-            raise VPruneError(
-                f"{out} holds a run with other values of {', '.join(map(str, differing))}: give another folder with "
-                "out=, or delete this one to start over"
-            )
-    out.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, path)
 
 
 class _Run:
@@ -83,6 +71,8 @@ class _Run:
         self.painted = str(config.questions) == "painted"
         self.batch_size = int(config.optimizer.batch_size)
         self.questions = None if self.painted else Questions(self.loaded, str(config.questions), config.limit, out)
+        if self.questions is not None:
+            self.batch_size = min(self.batch_size, len(self.questions.train))
         if self.painted and str(config.model) != "embedded":
             raise VPruneError(
                 f"model={config.model} with questions=painted: those are about the embedded model's world; give "
@@ -90,8 +80,9 @@ class _Run:
             )
         torch.set_float32_matmul_precision("high")
         torch.manual_seed(config.seed)
-        first = next(iter(self._batches(0)))
-        self.first_prompt = read_prompt(self.model, first.inputs)
+        self.first = next(self._batches(0, 2))
+        self.first_prompt = read_prompt(self.model, self.first.inputs)
+        refuse_untrainable(self.first_prompt)
         self.network = self._network(self.first_prompt).to(self.device)
         self.average = {key: value.detach().clone() for key, value in self.network.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
@@ -99,9 +90,6 @@ class _Run:
         )
         self.step, self.seconds = 0, 0.0
         self.labels: Labelled | None = None
-        if config.objective == "relevance":
-            count = config.limit or 10_000
-            self.labels = label(self.model, self._batches, int(count), out / "labels", int(config.label_batch))
 
     def _network(self, prefill: Prefill) -> ScorerNetwork:
         wanted: Any = OmegaConf.to_container(self.config.network)
@@ -135,52 +123,108 @@ class _Run:
     # -- what it will cost ------------------------------------------------------------------------------------------
 
     def say_what_it_costs(self) -> None:
-        """Print, before anything long begins, what memory and time the run will take."""
-        batch, length = self.first_prompt.valid.shape
+        """Print, before anything long begins, what memory and time the run will take.
+
+        Raises:
+            VPruneError: a step does not fit into the memory of the GPU.
+        """
+        wanted, size, length = self.config.optimizer, self.batch_size, self.first_prompt.valid.shape[1]
         text: Any = self.model.config.get_text_config()
         heads = int(text.num_attention_heads)
         bytes_each = 2 if self.device.type == "cuda" else 4
         # What the backward pass holds of a layer: ten or so rows of the width (more in the MLP), one mask for all.
-        rows = text.num_hidden_layers * batch * length * (10 * text.hidden_size + 3 * text.intermediate_size)
-        need = bytes_each * (rows + 2 * heads * batch * length**2)
-        span = f"{self.config.optimizer.minutes} minutes"
-        if self.config.optimizer.minutes is None:
-            span = f"{self.config.optimizer.steps} steps (the first ones will tell how long they take)"
+        rows = text.num_hidden_layers * size * length * (10 * text.hidden_size + 3 * text.intermediate_size)
+        need = bytes_each * (rows + 2 * heads * size * length**2)
+        span = f"{wanted.minutes} minutes" if wanted.minutes is not None else f"{wanted.steps} steps"
         parameters = sum(part.numel() for part in self.network.parameters())
-        print(
-            f"training a scorer of {parameters:,} parameters on {self.device}: {batch} questions a step, "
-            f"{length} tokens each, about {need / 1e9:.1f} GB beside the model; {span}",
-            flush=True,
-        )
+        told = [
+            f"training a scorer of {parameters:,} parameters on {self.device}: {size} questions a step, about {length} "
+            f"tokens each, about {need / 1e9:.1f} GB beside the model; {span}"
+        ]
+        if self.questions is not None:
+            told.append(
+                f"{len(self.questions.train)} questions to learn from, {len(self.questions.kept)} to measure on; the "
+                f"model answers each of them once, in at most {LONGEST} tokens, and the answers are kept"
+            )
+        print(*told, sep="\n", flush=True)
+        seconds = self._seconds_a_step()
+        if seconds is None:
+            return
+        steps = int(wanted.steps if wanted.minutes is None else 60 * wanted.minutes / seconds)
+        print(f"about {seconds:.1f} s a step: {steps} steps take {steps * seconds / 60:.1f} minutes", flush=True)
+        if steps < wanted.warmup:
+            print(
+                f"{steps} steps are fewer than the {wanted.warmup} of the warm-up, too few to learn much: give more of "
+                "optimizer.minutes (or steps), or a smaller optimizer.batch_size, or a GPU",
+                flush=True,
+            )
+
+    def _seconds_a_step(self) -> float | None:
+        """How long a step will take, tried out; None where labels come first, or a GPU's first steps soon tell."""
+        on_gpu = self.device.type == "cuda"
+        if self.config.objective == "relevance" or (on_gpu and self.painted):
+            return None
+        batch, seconds = self.first, 0.0
+        for _ in range(2):  # the first one is slower than all that follow
+            started = time.perf_counter()
+            try:
+                if on_gpu and batch is self.first:  # (a GPU takes no longer for many questions than for two)
+                    batch = next(self._batches(0))
+                torch.autograd.backward(self._loss(batch, 0))
+            except torch.OutOfMemoryError as error:
+                free, whole = (number / 1e9 for number in torch.cuda.mem_get_info(self.device))
+                raise VPruneError(
+                    f"{self.batch_size} questions of about {self.first_prompt.valid.shape[1]} tokens a step do not fit "
+                    f"into the memory of {self.device} ({whole:.0f} GB, {free:.0f} free): give a smaller "
+                    "optimizer.batch_size"
+                ) from error
+            self.optimizer.zero_grad(set_to_none=True)
+            if on_gpu:
+                torch.cuda.synchronize(self.device)
+            seconds = time.perf_counter() - started
+        return seconds * self.batch_size / len(batch)
+
+    def label(self) -> None:
+        """Have the questions labelled, where relevance is what is learnt: all of a folder, 10,000 painted ones."""
+        if self.config.objective == "relevance":
+            count = int(self.config.limit or 10_000) if self.questions is None else len(self.questions.train)
+            folder, at_once = self.out / LABELS, int(self.config.label_batch)
+            self.labels = label(self.model, self._batches, count, self.batch_size, folder, at_once)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
     def _loss(self, batch: Answered, number: int) -> Tensor:
+        chance = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
+        torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # so that a run that goes on draws the same noise
         prefill, features = self._read(batch)
         if self.labels is not None:
             return self._relevance_loss(prefill, features, number)
-        chance = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
-        pick = torch.multinomial(torch.tensor(list(self.config.effect.how_often)), 1, generator=chance)
-        torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # so that a run that goes on draws the same noise
+        often = torch.tensor([float(share) for share in self.config.effect.how_often])
+        pick = torch.multinomial(often, 1, generator=chance)
         wanted, progress = self.config.effect, self.progress()
         first, last = wanted.temperature
         how = replace(
             self._hard(float(wanted.keeps[int(pick)])),
             temperature=first * (last / first) ** progress,
-            noise=wanted.noise * (1 - progress),
+            noise=float(wanted.noise),
+            widest=float(wanted.widest),
         )
         full, pruned = self._answers(prefill, features, batch, how)
         return divergence(full, pruned, batch)
 
     def _hard(self, keep: float) -> Budgeting:
-        return Budgeting(keep, self.config.effect.share, self.config.effect.distance)
+        wanted = self.config.effect
+        return Budgeting(keep, float(wanted.share), float(wanted.distance), power=float(wanted.power))
 
     def _answers(self, prefill: Prefill, features: Features, batch: Answered, how: Budgeting) -> tuple[Tensor, Tensor]:
         """The answers' logits [T, V] of the full model and of the pruned one."""
         groups = []
         with self._autocast():
             with torch.no_grad():
-                full = answer_logits(self.model, full_states(prefill, self.compiled), batch)
+                if self.config.effect.teacher == "model":
+                    full = answer_logits(self.model, full_states(prefill, self.compiled), batch)
+                else:
+                    full = certain(batch, int(self.model.config.get_text_config().vocab_size))
             for grid, numbers in same_grid([image.grid for image in prefill.images]).items():
                 images = [prefill.images[number] for number in numbers]
                 arguments = features.of(images, grid)
@@ -243,20 +287,21 @@ class _Run:
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 decay = min(float(config.optimizer.average), self.step / (self.step + 10))
-                for key, value in self.network.state_dict().items():
-                    self.average[key].lerp_(value, 1 - decay)
+                torch._foreach_lerp_(list(self.average.values()), list(self.network.state_dict().values()), 1 - decay)
                 recent.append(loss.detach())
                 self.step += 1
                 if self.step % config.log_every == 0:
                     mean, recent = float(torch.stack(recent).mean()), []
                     self._log(loss=round(mean, 5), seconds=round(self.seconds, 1))
-                    bar.update(task, completed=self.progress(), note=f"loss {mean:.4f}")
+                    bar.update(task, note=f"loss {mean:.4f}")
+                bar.update(task, completed=self.progress())
                 if self.step % config.evaluate_every == 0:
                     self._log(**self.evaluate())
                 self.seconds = time.perf_counter() - started
                 if self.seconds - saved > 60 * config.checkpoint_minutes:
                     self.save()
                     saved = self.seconds
+        self.save()
         self._log(**self.evaluate())
 
     def _numbered(self) -> Iterator[tuple[int, Answered]]:
@@ -279,30 +324,33 @@ class _Run:
         """
         own = {key: value.clone() for key, value in self.network.state_dict().items()}
         self.network.load_state_dict(self.average)
-        told = {}
-        for keep in self.config.effect.keeps:
-            how = self._hard(float(keep))
-            right = asked = 0
-            for batch in self._held_out():
-                prefill, features = self._read(batch)
-                full, pruned = self._answers(prefill, features, batch, how)
+        keeps = [float(keep) for keep in self.config.effect.keeps]
+        same, lost, asked = [0] * len(keeps), [0.0] * len(keeps), 0
+        for batch in self._held_out():
+            prefill, features = self._read(batch)
+            lengths = batch.answer.sum(-1)
+            owner = torch.arange(len(batch), device=self.device).repeat_interleave(lengths)
+            for number, keep in enumerate(keeps):
+                full, pruned = self._answers(prefill, features, batch, self._hard(keep))
                 wrong = (full.argmax(-1) != pruned.argmax(-1)).float()
-                lengths = batch.answer.sum(-1)
-                failed = torch.zeros(len(batch), device=wrong.device)
-                owner = torch.arange(len(batch), device=wrong.device).repeat_interleave(lengths)
-                right += int((failed.index_add(0, owner, wrong) == 0).sum())
-                asked += len(batch)
-            told[str(keep)] = round(right / asked, 4)
+                failed = torch.zeros(len(batch), device=self.device).index_add(0, owner, wrong)
+                same[number] += int((failed == 0).sum())
+                lost[number] += float(divergence(full, pruned, batch)) * len(batch)
+            asked += len(batch)
         self.network.load_state_dict(own)
-        return {"same_answers": told}
+        return {
+            "same_answers": {str(keep): round(count / asked, 4) for keep, count in zip(keeps, same, strict=True)},
+            "divergence": {str(keep): round(total / asked, 5) for keep, total in zip(keeps, lost, strict=True)},
+        }
 
     def _held_out(self) -> list[Answered]:
         if not hasattr(self, "_kept"):
             source: Iterator[Answered]
+            size = min(self.batch_size, _AT_ONCE_ON_A_CPU) if self.device.type == "cpu" else self.batch_size
             if self.questions is not None:
-                source = self.questions.held_out(self.batch_size)
+                source = self.questions.held_out(size)
             else:
-                source = iter(Painted(EVALUATION_SEED, self.batch_size, "test", self.device, 1))
+                source = iter(Painted(EVALUATION_SEED, size, "test", self.device, 1))
             self._kept = [batch for batch, _ in zip(source, range(_EVALUATED), strict=False)]
         return self._kept
 
@@ -314,25 +362,13 @@ class _Run:
 
     def save(self) -> None:
         """Write the checkpoint that `resume` reads, whole or not at all."""
-        state = {
-            "network": self.network.state_dict(),
-            "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "seconds": self.seconds,
-        }
-        part = self.out / "checkpoint.part"
-        torch.save(state, part)
-        part.replace(self.out / "checkpoint.pt")
+        checkpoint.save(self.out, self.network, self.optimizer, self.average, self.step, self.seconds)
 
     def resume(self) -> None:
         """Go on from the last checkpoint, where there is one."""
-        path = self.out / "checkpoint.pt"
-        if path.exists():
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            self.network.load_state_dict(state["network"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
+        before = checkpoint.resume(self.out, self.network, self.optimizer, self.device)
+        if before is not None:
+            self.average, self.step, self.seconds = before
 
     def finish(self) -> Path:
         """Write the scorer with its averaged weights."""

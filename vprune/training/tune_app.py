@@ -51,7 +51,7 @@ def tune(overrides: Sequence[str] = ()) -> Path:
 
     from vprune.eval.console import make_console
     from vprune.eval.overrides import compose_all
-    from vprune.training.tuner import LastTokenFlow, line, search, write_method
+    from vprune.training.tuner import LastTokenFlow, line, search, tunable, write_method
 
     config = compose_all(overrides, primary="tune")[0].config
     for key, least in (("samples", 1), ("trials", 1), ("seed", 0), ("batch_size", 1)):
@@ -64,9 +64,15 @@ def tune(overrides: Sequence[str] = ()) -> Path:
     folder = Path(str(config["out"] or f"runs/tune/{model_name}-{name}-{config['keep']}")).expanduser()
     console = make_console()
     options = {**_changed(method, source), **fixed}
-    flow = LastTokenFlow(*_samples(config, folder))
+    tunable(source, options)  # told before a large model is loaded, not after
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise VPruneError(f"out={folder} cannot be written to ({error})") from error
+    loaded, batches, samples = _samples(config, folder)
     tried, total = [], config["trials"]
-    folder.mkdir(parents=True, exist_ok=True)
+    console.print(f"tuning {name} for keep={config['keep']}: {total} settings, each on {samples} samples")
+    flow = LastTokenFlow(loaded, batches)
     with (folder / "trials.jsonl").open("w", encoding="utf-8") as log, Progress(console=console) as bar:
         task = bar.add_task("tuning", total=total)
         for trial in search(flow, source, options, total, config["seed"]):
@@ -77,7 +83,7 @@ def tune(overrides: Sequence[str] = ()) -> Path:
             bar.update(task, advance=1, description=f"flow {best.flow:.5f} (own {tried[0].flow:.5f})")
     says = (
         f"Tuned by `vprune tune` for model={config['model']['name']} keep={config['keep']}: {total} settings tried on "
-        f"{config['samples']} samples, seed {config['seed']}."
+        f"{samples} samples, seed {config['seed']}."
     )
     tuned = name if name.endswith("_tuned") else f"{name}_tuned"
     return write_method(folder, tuned, {**method, **fixed}, best, tried[0], says)
@@ -91,8 +97,8 @@ def _changed(method: dict[str, Any], source: str) -> dict[str, Any]:
     return dict(changes(method, read_method(source)))
 
 
-def _samples(config: dict[str, Any], folder: Path) -> tuple[Any, list[Any]]:
-    """The model, and the inputs of the questions drawn."""
+def _samples(config: dict[str, Any], folder: Path) -> tuple[Any, list[Any], int]:
+    """The model, the inputs of the questions drawn, and how many these are."""
     from vprune.eval.batches import draw
     from vprune.eval.models import ModelChoice, load
     from vprune.eval.predictor import Predictor
@@ -111,4 +117,5 @@ def _samples(config: dict[str, Any], folder: Path) -> tuple[Any, list[Any]]:
     loaded = load(choice)
     drawn = draw(benchmark.samples, config["samples"], config["seed"])
     predictor = Predictor(loaded, benchmark, max_new_tokens=1)
-    return loaded, [predictor.prepare(drawn[at : at + size]).inputs for at in range(0, len(drawn), size)]
+    batches = [predictor.prepare(drawn[at : at + size]).inputs for at in range(0, len(drawn), size)]
+    return loaded, batches, len(drawn)

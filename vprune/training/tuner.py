@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -101,14 +102,12 @@ def search(
         import optuna
     except ImportError as error:
         raise VPruneError("vprune tune needs optuna, and it is not installed: pip install 'vprune[tune]'") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    own = load_method(source, **options)
-    if not isinstance(own, Progressive):
-        raise VPruneError(f"method={own.name} has no thirds to tune: choose vflowopt, or a file that vprune tune wrote")
-    keep = own.keep
-    if isinstance(keep, int) or keep >= 1:
-        raise VPruneError(f"keep={keep}: give a fraction below 1, the mean of what is left over all layers")
-    sampler = optuna.samplers.GPSampler(seed=seed, n_startup_trials=_STARTUP_TRIALS, deterministic_objective=True)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    own = tunable(source, options)
+    keep = float(own.keep)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.GPSampler(seed=seed, n_startup_trials=_STARTUP_TRIALS, deterministic_objective=True)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     study.enqueue_trial(told(own))
     for number in range(trials):
@@ -119,6 +118,20 @@ def search(
         value = flow(load_method(source, **{**options, **asked}))
         study.tell(trial, value)
         yield Trial(number, asked, value)
+
+
+def tunable(source: str, options: dict[str, Any]) -> Progressive:
+    """The method that is to be tuned, as it comes.
+
+    Raises:
+        VPruneError: it has no thirds, or `keep` is no fraction below 1.
+    """
+    own = load_method(source, **options)
+    if not isinstance(own, Progressive):
+        raise VPruneError(f"method={own.name} has no thirds to tune: choose vflowopt, or a file that vprune tune wrote")
+    if isinstance(own.keep, int) or own.keep >= 1:
+        raise VPruneError(f"keep={own.keep}: give a fraction below 1, the mean of what is left over all layers")
+    return own
 
 
 def suggested(trial: Any, keep: float) -> dict[str, Any]:

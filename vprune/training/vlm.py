@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlavaForConditionalGeneration
 
-from vprune.errors import VPruneError
 from vprune.eval.scenes.render import Batch, Painter, photograph_names
 from vprune.eval.scenes.world import KINDS
+from vprune.training import checkpoint
 from vprune.training.architecture import build_model, build_processor
 from vprune.training.packed_model import PackedVLM, answer_loss, grounding_loss, patch_labels, patch_loss
 from vprune.training.packing import IGNORE, Packed, PackedScenes
@@ -36,7 +36,7 @@ EVALUATION_SEED = 1_000_003
 def train(config: DictConfig) -> Path:
     """Trains, or goes on from the last checkpoint in `config.out`, and returns the folder of the finished model."""
     out = Path(config.out)
-    _claim(out, config)
+    checkpoint.claim(out, config, {checkpoint.FILE: ("seed", "model", "data", "optimizer")})
     cuda = torch.cuda.is_available()
     device = torch.device(("cuda" if cuda else "cpu") if config.device == "auto" else config.device)
     if device.type == "cpu":
@@ -54,20 +54,6 @@ def train(config: DictConfig) -> Path:
     folder = out / "model"
     save_finished(run.averaged_model(), folder)
     return folder
-
-
-def _claim(out: Path, config: DictConfig) -> None:
-    """Makes `out` this run's folder, or refuses one that another recipe has begun."""
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "config.yaml").exists() and (out / "checkpoint.pt").exists():
-        before = cast(DictConfig, OmegaConf.load(out / "config.yaml"))
-        differing = [k for k in ("seed", "model", "data", "optimizer") if before.get(k) != config.get(k)]
-        if differing:
-            raise VPruneError(
-                f"{out} holds a run with other values of {', '.join(differing)}: give another folder with out=, "
-                "or delete this one to start over."
-            )
-    OmegaConf.save(config, out / "config.yaml")
 
 
 def save_finished(model: LlavaForConditionalGeneration, folder: Path) -> None:
@@ -273,28 +259,15 @@ class _Run:
     # -- stopping and going on --------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Writes the checkpoint that `resume` reads, whole or not at all, and the averaged weights beside it."""
-        state = {
-            "model": self.packed.state_dict(),
-            "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "seconds": self.seconds,
-        }
-        part = self.out / "checkpoint.part"
-        torch.save(state, part)
-        part.replace(self.out / "checkpoint.pt")
+        """Write the checkpoint that `resume` reads, whole or not at all, and the averaged weights beside it."""
+        checkpoint.save(self.out, self.packed, self.optimizer, self.average, self.step, self.seconds)
         save_shards(self.average, self.out / "averaged")
 
     def resume(self) -> None:
-        """Goes on from the last checkpoint, where there is one."""
-        checkpoint = self.out / "checkpoint.pt"
-        if not checkpoint.exists():
-            return
-        state = torch.load(checkpoint, map_location=self.device, weights_only=True)
-        self.packed.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
+        """Go on from the last checkpoint, where there is one."""
+        before = checkpoint.resume(self.out, self.packed, self.optimizer, self.device)
+        if before is not None:
+            self.average, self.step, self.seconds = before
 
 
 def progress_bar() -> Progress:

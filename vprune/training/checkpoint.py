@@ -1,0 +1,104 @@
+"""The folder of a training run: which recipe has begun in it, and the checkpoint that the run goes on from."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from vprune.errors import VPruneError
+
+FILE = "checkpoint.pt"
+_ELSEWHERE = ("out", "device")  # where a run is done changes nothing of what it does
+
+
+def claim(out: Path, config: DictConfig, made: Mapping[str, Sequence[str]] | None = None) -> None:
+    """Make `out` the folder of this recipe's run, which a later run of the same recipe goes on with.
+
+    `made` tells of files of the run which values of the recipe (or groups of them) they depend on; unless it says
+    otherwise, a checkpoint depends on all of them but `out` and `device`.
+
+    Raises:
+        VPruneError: it holds something that was made with other values, or cannot be written to.
+    """
+    path = out / "config.yaml"
+    own = dict(values(OmegaConf.to_container(config)))
+    depends = {FILE: [key for key in map(str, config) if key not in _ELSEWHERE], **(made or {})}
+    keys = {key for file, some in depends.items() if (out / file).exists() for key in some}
+    if keys and path.exists():
+        before = dict(values(OmegaConf.to_container(OmegaConf.load(path))))
+        differing = [
+            f"{name} ({before.get(name)} there, {own.get(name)} here)"
+            for name in sorted(before.keys() | own.keys())
+            if before.get(name) != own.get(name) and any(name == key or name.startswith(f"{key}.") for key in keys)
+        ]
+        if differing:
+            raise VPruneError(
+                f"{out} holds a run with other values of {', '.join(differing)}: give another folder with out=, or "
+                "delete this one to start over"
+            )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, path)
+    except OSError as error:
+        raise VPruneError(f"out={out} cannot be written to ({error})") from error
+
+
+def values(config: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a configuration, each with its name, as in `optimizer.lr`."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from values(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def save(
+    out: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: Mapping[str, Tensor],
+    step: int,
+    seconds: float,
+) -> None:
+    """Write the checkpoint that `resume` reads, whole or not at all."""
+    state = {
+        "model": module.state_dict(),
+        "average": dict(average),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "seconds": seconds,
+    }
+    part = out / "checkpoint.part"
+    torch.save(state, part)
+    part.replace(out / FILE)
+
+
+def resume(
+    out: Path, module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> tuple[dict[str, Tensor], int, float] | None:
+    """Put the last checkpoint into `module` and `optimizer`; returns the averaged weights, the step and the seconds.
+
+    None where there is no checkpoint: the run begins.
+
+    Raises:
+        VPruneError: the checkpoint is cut short, or of something else.
+    """
+    path = out / FILE
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        module.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return dict(state["average"]), int(state["step"]), float(state["seconds"])
+    except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise VPruneError(
+            f"{path} ({path.stat().st_size} bytes) is no checkpoint of this run ({reason}): delete it to start over"
+        ) from error
