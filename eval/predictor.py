@@ -144,12 +144,12 @@ class Predictor:
         if self.pruning is None:
             counts = (prepared.inputs["input_ids"] == self._image_token).sum(-1).tolist()
             return counts, counts
-        before, after = [0] * len(prepared.samples), [0] * len(prepared.samples)
+        before, after = [0] * len(prepared.samples), [0.0] * len(prepared.samples)
         for report in self.pruning.last:
             before[report.sample] += report.tokens_before
-            after[report.sample] += report.tokens_after
+            after[report.sample] += report.mean_tokens  # methods that prune in stages: the mean over the layers
         self.seconds["prune"] += self.pruning.last.seconds
-        return before, after
+        return before, [round(tokens) for tokens in after]
 
     def _answers(self, samples: Sequence[Sample], prepared: Prepared | Exception) -> list[Answer]:
         """The answers to a batch, or if that fails those to each of its samples alone.

@@ -92,6 +92,7 @@ class Pruning:
             attention_layer=None if scorer is None else scorer.tower_layer,
             attention=scorer.attention if isinstance(scorer, VisualFlow) else None,
             entropy=scorer.entropy if isinstance(scorer, VisualFlow) and scorer.looks_at_pixels else None,
+            keys=getattr(pruner, "reads_keys", False),
             small_grid=pruner.small_grid if isinstance(pruner, Resize) else None,
         )
         self._attached = False

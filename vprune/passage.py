@@ -109,6 +109,7 @@ class Passage:
             valid=here.valid.to(hidden.device),
             visual=here.visual.to(hidden.device),
             layer=layer,
+            start=here.start or here,
             stored=self._stored_before(layer),
             past=self._past(layer),
         )
@@ -194,6 +195,7 @@ class Passage:
                     seconds=self._seconds,
                     method=self.pruner.name,
                     stages=tuple(stages),
+                    layers=len(self.anatomy.layers),
                 )
                 for image, stages in zip(self.prefill.images, self._decided, strict=True)
                 for standing in [image.standing or untouched(len(image))]

@@ -27,13 +27,15 @@ class Selection:
 
     `kept` LongTensor [K] ascending: the original indices at which the K remaining rows stand; `source` LongTensor [N]:
     for every token the row (0..K-1) that now stands for it, -1 = dropped; `weights` [N]: its share in that row, one in
-    total per row; `sizes` LongTensor [K]: how many tokens each row stands for. All on the CPU.
+    total per row; `sizes` LongTensor [K]: how many tokens each row stands for; `mass` float [K], at least 1: what each
+    counts where sizes do in attention, None = its size. All on the CPU.
     """
 
     kept: Tensor
     source: Tensor
     weights: Tensor
     sizes: Tensor
+    mass: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.kept.numel() == self.sizes.numel() and self.source.numel() == self.weights.numel()
@@ -80,7 +82,7 @@ class Selection:
         sizes = torch.zeros_like(later.kept).index_add(
             0, later.source[later.source >= 0], self.sizes[later.source >= 0]
         )
-        return Selection(self.kept[later.kept], source, weights, sizes)
+        return Selection(self.kept[later.kept], source, weights, sizes, later.mass)
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,9 @@ class TowerImage:
     """What was seen of one image on its way through the vision tower.
 
     `grid` is the grid (t, h, w) of the visual tokens that it becomes; `fingerprint` a checksum of the pixels,
-    `received` the attention its tokens' patches receive, `entropy` that of their pixels (both float32 [t * h * w]) and
-    `small_grid` the grid (h', w') it was resized to, each only when the method asked for it. `call` numbers the runs of
+    `received` the attention its tokens' patches receive, `entropy` that of their pixels (both float32 [t * h * w]),
+    `keys` those of the patches in the same layer ([t * h * w, heads, d] on the tower's device) and `small_grid` the
+    grid (h', w') it was resized to, each only when the method asked for it. `call` numbers the runs of
     the tower: pictures and videos are read in runs of their own. `early` tells that it ran before the forward that
     reads what it made, as `generate` does it.
     """
@@ -120,6 +123,7 @@ class TowerImage:
     fingerprint: int = 0
     received: Tensor | None = None
     entropy: Tensor | None = None
+    keys: Tensor | None = None
     small_grid: tuple[int, int] | None = None
     call: int = 0
     early: bool = False
@@ -132,7 +136,8 @@ class Prefill:
     `hidden` [B, L, D] is what decoder layer `layer` is about to read, `positions` its position ids ([B, L] or [rows, B,
     L]), `valid` and `visual` bool [B, L] mark what is no padding and what is a visual token. The cache already stores
     `stored` rows of earlier turns, of which `past` is known. Visual features are added after each of the first
-    `deepstack` layers, too. `tower` lists the images that the vision tower saw, `evidence` what `Pruning.evidence` was.
+    `deepstack` layers, too. `start` is the prefill as it was before the first layer, None there. `tower` lists the
+    images that the vision tower saw, `evidence` what `Pruning.evidence` was.
     """
 
     anatomy: Anatomy
@@ -148,6 +153,7 @@ class Prefill:
     past: StoredRows
     deepstack: int = 0
     layer: int = 0
+    start: Prefill | None = None
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,8 @@ class ImageReport:
     tokens of the rows that remain (a merged row counts where it stands). `source` LongTensor [tokens_before]: the index
     of the row that now stands for the token, -1 = dropped. `sizes` LongTensor [tokens_after]. `seconds`: scoring,
     selecting and recycling of the whole prefill, shared by its images. `stages`: what each stage decided, first to
-    last; all else is what they come to together (`importance`: of the first stage that has one).
+    last; all else is what they come to together (`importance`: of the first stage that has one). `layers`: how many the
+    decoder has.
     """
 
     sample: int
@@ -189,6 +196,15 @@ class ImageReport:
     seconds: float
     method: str = ""
     stages: tuple[StageReport, ...] = ()
+    layers: int = 1
+
+    @property
+    def mean_tokens(self) -> float:
+        """How many rows of the image a layer reads, in the mean over all layers; `tokens_after` if all read as many."""
+        ends = [*(stage.layer for stage in self.stages), self.layers]
+        rows = [self.tokens_before, *(stage.tokens_after for stage in self.stages)]
+        starts = [0, *ends[:-1]]
+        return sum(row * (end - start) for row, start, end in zip(rows, starts, ends, strict=True)) / self.layers
 
     def draw(self, image: Image.Image | None = None) -> Image.Image:
         """Draw the heat map over the image and, beside it, the tokens that stay (the pruned ones greyed)."""

@@ -89,7 +89,7 @@ def shorten_batch(prefill: Prefill, selections: Sequence[Selection], size_aware:
         row, columns = image.sample, image.columns
         stays[row, columns] = False
         stays[row, columns[selection.kept]] = True
-        sizes[row, columns[selection.kept]] = selection.sizes.float()
+        sizes[row, columns[selection.kept]] = (selection.sizes if selection.mass is None else selection.mass).float()
         standing = selection if image.standing is None else image.standing.then(selection)
         followed.append(replace(image, columns=columns[selection.kept], standing=standing))
         if not selection.is_identity:

@@ -17,8 +17,11 @@ from tests.exactness.oracle import full_sight, oracle_generate, seeing, without_
 from tests.exactness.prompts import KINDS, batch, chat
 
 METHODS = [
-    name for name in vprune.method_names() if name not in ("full", "resize", "vflowopt")
-]  # resize: an oracle of its own, below; vflowopt prunes in stages: test_vflow.py
+    name
+    for name in vprune.method_names()
+    if name not in ("full", "resize", "vflowopt", "restore")
+    and not name.startswith(("fastv", "pyramid", "sparsevlm", "vtw", "dart", "fitprune", "visionzip", "prumerge"))
+]  # resize: an oracle of its own, below; vflowopt prunes in stages: test_vflow.py; stages, weighted sums: tests/methods
 GREEDY: dict[str, Any] = {"do_sample": False}
 MODES: dict[str, dict[str, Any]] = {
     "greedy": GREEDY,

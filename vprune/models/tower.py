@@ -34,6 +34,7 @@ class TowerWatch:
         `attention` does from its queries and keys and the number of patches (None: the mean over heads, of the class
         token's or of all patches'). `entropy`: measure the pixels of every token, [images, 3, H, W], squares of so many
         pixels, for that type of tower.
+    `keys`: keep that layer's keys of the patches, the mean over those that become one visual token.
     `small_grid`: resize the pixels so that the tower sees that grid (h', w') of patches instead of (h, w), and spread
         its output back over (h, w).
     """
@@ -43,6 +44,7 @@ class TowerWatch:
     attention_layer: int | None = None
     attention: Attention | None = None
     entropy: Entropy | None = None
+    keys: bool = False
     small_grid: SmallGrid | None = None
     images: list[TowerImage] = field(default_factory=list)
     _fresh: list[TowerImage] = field(default_factory=list)
@@ -214,6 +216,10 @@ class TowerWatch:
         tokens = received.view(-1, h, side, w, side).mean((2, 4)).flatten(1)
         for image, row in zip(self._fresh, tokens, strict=True):
             image.received = row
+        if self.keys:
+            squares = caught.key[:, :, -patches:].reshape(*caught.key.shape[:2], h, side, w, side, -1).mean((3, 5))
+            for image, keys in zip(self._fresh, squares.flatten(2, 3).transpose(1, 2), strict=True):
+                image.keys = keys
 
 
 def received_by_patches(caught: Captured, patches: int) -> Tensor:

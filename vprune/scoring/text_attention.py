@@ -40,13 +40,17 @@ class TextAttention:
         if self.layer is not None and (isinstance(self.layer, bool) or not isinstance(self.layer, int)):
             raise VPruneError(f"layer={self.layer!r}: give the number of a decoder layer")
 
+    def rows(self, prefill: Prefill) -> tuple[Tensor, Tensor]:
+        """The columns that attend, (LongTensor [B, R], bool [B, R]), the second False where a row does not count."""
+        return instruction_rows(prefill.valid, prefill.visual)
+
     def __call__(self, prefill: Prefill) -> list[Tensor]:
         """Score all images of a prefill, rows of all samples at once."""
         if not prefill.images:
             return []
         layer = prefill.layer if self.layer is None else self.layer
         caught = layer_attention(prefill, layer)
-        rows, row_valid = instruction_rows(prefill.valid, prefill.visual)
+        rows, row_valid = self.rows(prefill)
         query = caught.query.gather(
             2, rows[:, None, :, None].expand(-1, caught.query.shape[1], -1, caught.query.shape[3])
         )
