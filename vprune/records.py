@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vprune.errors import VPruneError
+from vprune.models.aside import sent
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,34 +23,52 @@ Grid = tuple[int, int, int]
 """Frames, rows and columns of an image's visual tokens, (t, h, w); t * h * w tokens in raster order."""
 
 
+def together(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape [...] as one, [I, ...]; a single one is not copied."""
+    return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which rows stand for an image's N visual tokens after pruning.
 
     `kept` LongTensor [K] ascending: the original indices at which the K remaining rows stand; `source` LongTensor [N]:
-    for every token the row (0..K-1) that now stands for it, -1 = dropped; `weights` [N]: its share in that row, one in
-    total per row; `sizes` LongTensor [K]: how many tokens each row stands for. All on the CPU.
+    for every token the row (0..K-1) that now stands for it, -1 = dropped; `shares` [N]: its share in that row, one in
+    total per row, None when every row is the token that stands there, untouched; `sizes` LongTensor [K]: how many
+    tokens each row stands for. All on one device; images alike may share one selection, [I, K] and [I, N].
     """
 
     kept: Tensor
     source: Tensor
-    weights: Tensor
+    shares: Tensor | None
     sizes: Tensor
 
     def __post_init__(self) -> None:
-        assert self.kept.numel() == self.sizes.numel() and self.source.numel() == self.weights.numel()
+        assert self.kept.shape == self.sizes.shape and (self.shares is None or self.shares.shape == self.source.shape)
 
     @property
     def is_identity(self) -> bool:
         """True when every token stays as it is."""
-        return self.kept.numel() == self.source.numel()
+        return self.kept.shape == self.source.shape
+
+    @property
+    def weights(self) -> Tensor:
+        """The share [N] of every token in its row."""
+        if self.shares is not None:
+            return self.shares
+        rows = torch.arange(self.source.shape[-1], device=self.source.device)
+        own = self.kept.gather(-1, self.source.clamp(min=0)) == rows
+        return (own & (self.source >= 0)).to(torch.float64)
 
     @classmethod
-    def pure(cls, kept: Tensor, tokens: int) -> Selection:
-        """The selection that keeps `kept` (LongTensor [K], ascending) of `tokens` untouched and drops the rest."""
-        source = torch.full((tokens,), -1, dtype=torch.long)
-        source[kept] = torch.arange(kept.numel())
-        return cls(kept, source, (source >= 0).to(torch.float64), torch.ones_like(kept))
+    def pure(cls, kept: Tensor, tokens: int, sizes: Tensor | None = None) -> Selection:
+        """The selection that keeps `kept` (LongTensor [K], ascending) of `tokens` untouched and drops the rest.
+
+        `sizes` LongTensor [N]: how many tokens each of them stands for already, None = itself.
+        """
+        rows = torch.arange(kept.shape[-1], device=kept.device).expand_as(kept)
+        source = kept.new_full((*kept.shape[:-1], tokens), -1).scatter(-1, kept, rows)
+        return cls(kept, source, None, torch.ones_like(kept) if sizes is None else sizes.gather(-1, kept))
 
     @classmethod
     def grouped(
@@ -61,36 +81,61 @@ class Selection:
         all of a row do, they count the same.
         """
         own = torch.ones_like(source) if sizes is None else sizes
-        stays, row = source >= 0, source.clamp(min=0)
-        own = torch.where(stays, own, 0)
-        total = torch.zeros_like(kept).index_add(0, row, own)
-        weights = own.to(torch.float64) / total[row]
+        row = source.clamp(min=0)
+        own = torch.where(source >= 0, own, 0)
+        total = torch.zeros_like(kept).scatter_add(-1, row, own)
+        weights = own.to(torch.float64) / total.gather(-1, row)
         if shares is not None:
             counted = own * shares.to(torch.float64).nan_to_num(0.0, 0.0, 0.0).clamp(min=0.0)
-            sums = torch.zeros(kept.numel(), dtype=torch.float64).index_add(0, row, counted)[row]
+            sums = torch.zeros_like(kept, dtype=torch.float64).scatter_add(-1, row, counted).gather(-1, row)
             weights = torch.where(sums > 0, counted / sums.clamp(min=1e-300), weights)
         return cls(kept, source, weights, total)
 
     def then(self, later: Selection) -> Selection:
         """Follow this selection by another one of the rows that it left."""
+        later = later.to(self.kept.device)
         row = self.source.clamp(min=0)
-        stays = self.source >= 0
-        source = torch.where(stays, later.source[row], -1)
-        weights = torch.where(source >= 0, self.weights * later.weights[row], 0.0)
-        sizes = torch.zeros_like(later.kept).index_add(
-            0, later.source[later.source >= 0], self.sizes[later.source >= 0]
-        )
-        return Selection(self.kept[later.kept], source, weights, sizes)
+        source = torch.where(self.source >= 0, later.source[row], -1)
+        shares = None
+        if self.shares is not None or later.shares is not None:
+            shares = torch.where(source >= 0, self.weights * later.weights[row], 0.0)
+        # What is dropped is counted in a row of its own behind the last one, which is cut off again.
+        rows = torch.where(later.source >= 0, later.source, later.kept.shape[0])
+        sizes = self.sizes.new_zeros(later.kept.shape[0] + 1).index_add(0, rows, self.sizes)[:-1]
+        return Selection(self.kept[later.kept], source, shares, sizes)
+
+    def to(self, device: torch.device) -> Selection:
+        """The same on another device; the host does not wait for it on its way to a GPU."""
+        if self.kept.device == device:
+            return self
+        shares = None if self.shares is None else sent(self.shares, device)
+        return Selection(sent(self.kept, device), sent(self.source, device), shares, sent(self.sizes, device))
+
+    @classmethod
+    def stacked(cls, selections: Sequence[Selection]) -> Selection:
+        """Selections of images alike as one, [I, K] and [I, N]."""
+        parts = zip(*((one.kept, one.source, one.sizes) for one in selections), strict=True)
+        kept, source, sizes = map(together, parts)
+        shares = [one.shares for one in selections if one.shares is not None]
+        return cls(kept, source, together(shares) if len(shares) == len(selections) else None, sizes)
+
+    def unbind(self) -> list[Selection]:
+        """The selections of the single images of [I, K] and [I, N]."""
+        shares = [None] * len(self.kept) if self.shares is None else self.shares.unbind()
+        return [
+            Selection(*one)
+            for one in zip(self.kept.unbind(), self.source.unbind(), shares, self.sizes.unbind(), strict=True)
+        ]
 
 
 @dataclass(frozen=True)
 class VisualTokens:
     """The visual tokens of one image in one row of the batch.
 
-    `columns` holds their places in that row (LongTensor [N] on the CPU, ascending), `origin` the image's place among
-    the images the vision tower encoded (beams repeat an image, the tower sees it once), -1 where the tower was not
-    watched. `picture` is the same for the tiles of one picture. `standing` tells what earlier stages left of the image
-    (columns are then [K]), None = all of it.
+    `columns` holds their places in that row (LongTensor [N], ascending), `origin` the image's place among the images
+    the vision tower encoded (beams repeat an image, the tower sees it once), -1 where the tower was not watched.
+    `picture` is the same for the tiles of one picture. `standing` tells what earlier stages left of the image (columns
+    are then [K]), None = all of it. `after` counts the tokens of its row behind the last one of it.
     """
 
     sample: int
@@ -100,6 +145,7 @@ class VisualTokens:
     origin: int = -1
     picture: int = -1
     standing: Selection | None = None
+    after: int = 0
 
     def __len__(self) -> int:
         return int(self.columns.numel())
@@ -133,6 +179,10 @@ class Prefill:
     L]), `valid` and `visual` bool [B, L] mark what is no padding and what is a visual token. The cache already stores
     `stored` rows of earlier turns, of which `past` is known. Visual features are added after each of the first
     `deepstack` layers, too. `tower` lists the images that the vision tower saw, `evidence` what `Pruning.evidence` was.
+
+    What the host knows without asking the device: `counts`, how many columns of each row are no padding, and
+    `instruction`, which hold the text after the last visual token, (LongTensor [B, R], bool [B, R]: the second False
+    beyond a row's own number), on the CPU.
     """
 
     anatomy: Anatomy
@@ -148,6 +198,33 @@ class Prefill:
     past: StoredRows
     deepstack: int = 0
     layer: int = 0
+    counts: tuple[int, ...] = ()
+    instruction: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def instruction_on_device(self) -> tuple[Tensor, Tensor]:
+        """`instruction` beside the hidden rows."""
+        rows, valid = self.instruction or instruction_rows(self.valid, self.visual)
+        return sent(rows, self.hidden.device), sent(valid, self.hidden.device)
+
+    def of_images(self, per_column: Tensor) -> list[Tensor]:
+        """What belongs to the tokens of each image, [N, ...], of what belongs to columns, [B, L, ...]."""
+        return [per_column[image.sample, image.columns.to(per_column.device)] for image in self.images]
+
+
+def instruction_rows(valid: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns of the text after the last visual token of each row of a batch, up to the end of the prompt.
+
+    `valid`, `visual` bool [B, L]. Returns (LongTensor [B, R], bool [B, R]), the second False beyond a row's own number.
+    """
+    columns = torch.arange(valid.shape[1], device=valid.device)
+    last_visual = torch.where(visual, columns, -1).amax(-1, keepdim=True)
+    last_valid = torch.where(valid, columns, -1).amax(-1, keepdim=True)
+    text = valid & (columns > last_visual)
+    text = text | ((columns == last_valid) & ~text.any(-1, keepdim=True))
+    counts = text.sum(-1)
+    order = text.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, : int(counts.max())]
+    return order, columns[: order.shape[1]] < counts[:, None]
 
 
 @dataclass(frozen=True)
@@ -173,8 +250,8 @@ class ImageReport:
     w], None for methods without one. `kept` LongTensor [tokens_after], ascending indices among the image's visual
     tokens of the rows that remain (a merged row counts where it stands). `source` LongTensor [tokens_before]: the index
     of the row that now stands for the token, -1 = dropped. `sizes` LongTensor [tokens_after]. `seconds`: scoring,
-    selecting and recycling of the whole prefill, shared by its images. `stages`: what each stage decided, first to
-    last; all else is what they come to together (`importance`: of the first stage that has one).
+    selecting, recycling and shortening of the whole prefill, shared by its images. `stages`: what each stage decided,
+    first to last; all else is what they come to together (`importance`: of the first stage that has one).
     """
 
     sample: int
@@ -207,18 +284,33 @@ class PruneReport(Sequence[ImageReport]):
     """The report of one prefill: a sequence of `ImageReport`, flat over samples and their images.
 
     With exactly one image its attributes are reachable directly (`report.kept`). Beams and several return sequences
-    repeat every sample in the prefill, and the report holds every repetition as a sample of its own.
+    repeat every sample in the prefill, and the report holds every repetition as a sample of its own. What a GPU knows
+    is fetched when somebody first reads it.
 
     Raises:
         VPruneError: an image's attribute is asked of a report of several images (or of none): use `report[i]`.
     """
 
-    def __init__(self, images: Sequence[ImageReport], seconds: float) -> None:
-        self._images = tuple(images)
-        self.seconds = seconds
+    def __init__(self, count: int, read: Callable[[], tuple[Sequence[ImageReport], float]]) -> None:
+        self._count, self._read = count, read
+
+    @cached_property
+    def _told(self) -> tuple[Sequence[ImageReport], float]:
+        told = self._read()
+        del self._read  # and the tensors on the device with it
+        return told
+
+    @property
+    def _images(self) -> Sequence[ImageReport]:
+        return self._told[0]
+
+    @property
+    def seconds(self) -> float:
+        """What scoring, selecting, recycling and shortening took, as the device counts it."""
+        return self._told[1]
 
     def __len__(self) -> int:
-        return len(self._images)
+        return self._count
 
     def __iter__(self) -> Iterator[ImageReport]:
         return iter(self._images)
@@ -235,9 +327,9 @@ class PruneReport(Sequence[ImageReport]):
         return f"PruneReport({self.describe()!r})"
 
     def _only(self, what: str) -> ImageReport:
-        if len(self._images) != 1:
+        if self._count != 1:
             raise VPruneError(
-                f"{what} of a report of {len(self._images)} images: choose one, as report[i].{what} "
+                f"{what} of a report of {self._count} images: choose one, as report[i].{what} "
                 "(or iterate over the report)"
             )
         return self._images[0]

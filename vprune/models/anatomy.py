@@ -152,12 +152,11 @@ def carries_images(kwargs: Mapping[str, Any]) -> bool:
 
 def visual_kinds(anatomy: Anatomy, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     """Mark the places of visual tokens, bool [kinds, B, L], from placeholders (or their embeddings)."""
-    ids = torch.tensor(anatomy.token_ids)
     if input_ids is not None:
-        return input_ids == ids.to(input_ids.device)[:, None, None]
+        return torch.stack([input_ids == token for token in anatomy.token_ids])
     assert inputs_embeds is not None
     decoder: Any = anatomy.decoder
-    table: Tensor = decoder.get_input_embeddings()(ids.to(inputs_embeds.device))
+    table: Tensor = decoder.get_input_embeddings()(torch.tensor(anatomy.token_ids).to(inputs_embeds.device))
     return torch.stack([(inputs_embeds == row).all(-1) for row in table])
 
 

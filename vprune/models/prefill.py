@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,9 +11,33 @@ from torch import Tensor
 
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy, newline_places, visual_layout
+from vprune.models.aside import sent
 from vprune.models.cache import NOTHING_KNOWN, StoredRows, cache_for, cache_in, is_static, logical, stored_length
 from vprune.models.masks import DENSE_BACKENDS, new_rows_valid, padding_mask
-from vprune.records import Prefill, TowerImage
+from vprune.records import Prefill, TowerImage, VisualTokens, instruction_rows
+
+
+@dataclass(frozen=True)
+class Glance:
+    """A look at a prompt before the vision tower is in the device's queue: later, the host would wait for the tower.
+
+    `kinds` bool [kinds, B, L]: the places of pictures and of videos; `mask`: the caller's, [B, S + L], None if there is
+    none; `kinds_on_host`, `mask_on_host`: the same on the CPU.
+    """
+
+    kinds: Tensor
+    mask: Tensor | None
+    kinds_on_host: Tensor
+    mask_on_host: Tensor | None
+
+    @classmethod
+    def at(cls, kinds: Tensor, mask: Tensor | None) -> Glance:
+        """Look now."""
+        return cls(kinds, mask, kinds.cpu(), None if mask is None else mask.cpu())
+
+    def on_host(self, mask: Tensor) -> Tensor:
+        """A mask on the CPU: without waiting if it is the one that was looked at."""
+        return self.mask_on_host if mask is self.mask and self.mask_on_host is not None else mask.cpu()
 
 
 def with_cache(anatomy: Anatomy, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -72,41 +96,57 @@ def callers_mask(kwargs: dict[str, Any], given_to_model: Tensor | None) -> Any:
 def read_prefill(
     anatomy: Anatomy,
     kwargs: dict[str, Any],
-    kinds: Tensor,
+    glance: Glance,
     tower: Sequence[TowerImage],
     evidence: Sequence[Any] | None,
 ) -> Prefill:
-    """Describe the prefill that the decoder is about to run with `kwargs`; `kinds` bool [kinds, B, L].
+    """Describe the prefill that the decoder is about to run with `kwargs`.
 
     Raises:
         VPruneError: a mask that is not [batch, length], or visual tokens that are no whole images.
     """
     inputs, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), cache_in(kwargs)
-    batch, length, _ = inputs.shape
-    valid = new_rows_valid(mask, length, inputs.device)
-    if valid is None:
-        valid = torch.ones((batch, length), dtype=torch.bool, device=inputs.device)
-    kinds = kinds.to(inputs.device) & valid
+    (batch, length, _), device = inputs.shape, inputs.device
+    valid = new_rows_valid(mask, length, device)
+    if valid is None or mask is None:
+        on_host = torch.ones((batch, length), dtype=torch.bool)
+        valid = torch.ones((batch, length), dtype=torch.bool, device=device)
+    else:
+        on_host = glance.on_host(mask)[:, -length:].to(torch.bool)
+    kinds = glance.kinds_on_host & on_host
     positions = kwargs.get("position_ids")
     if positions is None:
         seen = int(cache.get_seq_length()) if cache is not None else 0
-        positions = torch.arange(seen, seen + length, device=inputs.device)[None]
+        positions = torch.arange(seen, seen + length, device=device)[None]
     stored = stored_length(cache)
     newlines = newline_places(anatomy, inputs)
+    images = visual_layout(anatomy, list(kinds), tower, None if newlines is None else newlines.cpu())
     return Prefill(
         anatomy=anatomy,
         hidden=inputs,
         positions=positions,
         valid=valid,
-        visual=kinds.any(0),
-        images=visual_layout(anatomy, list(kinds.cpu()), tower, None if newlines is None else newlines.cpu()),
+        visual=(glance.kinds.to(device) & valid).any(0),
+        images=_sent(images, on_host, device),
         tower=list(tower),
         evidence=evidence,
         cache=cache,
         stored=stored,
         past=_past_rows(cache, mask, stored),
         deepstack=len(kwargs.get("deepstack_visual_embeds") or ()),
+        counts=tuple(on_host.sum(-1).tolist()),
+        instruction=instruction_rows(on_host, kinds.any(0)),
     )
+
+
+def _sent(images: Sequence[VisualTokens], valid: Tensor, device: torch.device) -> list[VisualTokens]:
+    """The images with their columns on the device, sent there together; `valid` bool [B, L] on the CPU."""
+    if not images:
+        return []
+    columns = torch.split(sent(torch.cat([one.columns for one in images]), device), [len(one) for one in images])
+    behind = valid.sum(-1, keepdim=True) - valid.cumsum(-1)
+    after = [int(behind[image.sample, image.columns[-1]]) for image in images]
+    return [replace(image, columns=own, after=more) for image, own, more in zip(images, columns, after, strict=True)]
 
 
 def _past_rows(cache: Any, mask: Any, stored: int) -> StoredRows:

@@ -86,7 +86,7 @@ def relevance_of_images(model: Any, batch: Answered, at_once: int) -> dict[str, 
         prefill = read_prompt(model, part.inputs)
         told = relevance(prefill.anatomy, prefill, part.inputs["input_ids"], part.answer).cpu()
         for image in prefill.images:
-            found[f"{int(rows[image.sample])} {image.image}"] = told[image.sample, image.columns]
+            found[f"{int(rows[image.sample])} {image.image}"] = told[image.sample, image.columns.cpu()]
     ordered = sorted(found, key=lambda key: tuple(map(int, key.split())))
     return {str(number): found[key].contiguous() for number, key in enumerate(ordered)}
 
