@@ -142,6 +142,8 @@ class Pruning:
                 refuse_windows(self._anatomy.backend)
             try:
                 self._handles = self._tower.attach()
+                if self._anatomy.tower is not None:
+                    self._handles.append(self._anatomy.tower.register_forward_hook(self._after_tower))
                 self._handles += [
                     base.register_forward_pre_hook(self._before_base, with_kwargs=True),
                     base.register_forward_hook(self._after_base, always_call=True),
@@ -199,6 +201,10 @@ class Pruning:
         input_ids = args[0] if args else kwargs.get("input_ids")
         glance = Glance.at(visual_kinds(self._anatomy, input_ids, kwargs.get("inputs_embeds")), self._mask)
         self._glance = glance if bool(glance.kinds_on_host.any()) else None
+
+    def _after_tower(self, tower: nn.Module, args: Any, output: Any) -> None:
+        if self._glance is not None:
+            _ = self._glance.facts  # found out while the device is at work on the tower
 
     def _after_base(self, base: nn.Module, args: Any, output: Any) -> None:
         if self._carried:

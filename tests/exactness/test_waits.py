@@ -116,9 +116,9 @@ def test_images_that_compete_do_ask(monkeypatch: pytest.MonkeyPatch, tiny_vlm: A
     """The control: how many rows each of them keeps depends on the scores, and the host must know."""
     model, inputs = tiny_vlm(), prompts(tiny_processor, "several")
     guarded(monkeypatch, lambda: unasked(monkeypatch))
-    with torch.no_grad(), vprune.prune(model, "attention_max", keep=0.25, budget="sample"):
-        with pytest.raises(AssertionError, match="read"):
-            model(**inputs)
+    competing = vprune.prune(model, "attention_max", keep=0.25, budget="sample")
+    with torch.no_grad(), competing, pytest.raises(AssertionError, match="read"):
+        model(**inputs)
 
 
 def test_a_report_outlives_its_prefill_and_holds_no_row_of_it(tiny_vlm: Any, tiny_processor: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,29 @@ from vprune.models.aside import sent
 from vprune.models.cache import NOTHING_KNOWN, StoredRows, cache_for, cache_in, is_static, logical, stored_length
 from vprune.models.masks import DENSE_BACKENDS, new_rows_valid, padding_mask
 from vprune.records import Prefill, TowerImage, VisualTokens, instruction_rows
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What follows from a prompt's places alone, on the CPU.
+
+    `valid` bool [B, L]: no padding; `kinds` bool [kinds, B, L]: places of pictures and of videos; `behind` LongTensor
+    [B, L]: how many valid columns follow; `instruction` as in `Prefill`.
+    """
+
+    valid: Tensor
+    kinds: Tensor
+    behind: Tensor
+    instruction: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, kinds: Tensor, mask: Tensor | None) -> Facts:
+        """Find them out from a mask [B, S + L] (None = no padding); all on the CPU."""
+        length = kinds.shape[-1]
+        valid = torch.ones_like(kinds[0]) if mask is None else mask[:, -length:].to(torch.bool)
+        kinds = kinds & valid
+        behind = valid.sum(-1, keepdim=True) - valid.cumsum(-1)
+        return cls(valid, kinds, behind, instruction_rows(valid, kinds.any(0)))
 
 
 @dataclass(frozen=True)
@@ -35,9 +59,14 @@ class Glance:
         """Look now."""
         return cls(kinds, mask, kinds.cpu(), None if mask is None else mask.cpu())
 
-    def on_host(self, mask: Tensor) -> Tensor:
-        """A mask on the CPU: without waiting if it is the one that was looked at."""
-        return self.mask_on_host if mask is self.mask and self.mask_on_host is not None else mask.cpu()
+    @cached_property
+    def facts(self) -> Facts:
+        """What follows if the decoder is given the same mask."""
+        return Facts.of(self.kinds_on_host, self.mask_on_host)
+
+    def facts_with(self, mask: Tensor | None) -> Facts:
+        """What follows with the mask that the decoder is given; another one is read from the device."""
+        return self.facts if mask is self.mask else Facts.of(self.kinds_on_host, None if mask is None else mask.cpu())
 
 
 def with_cache(anatomy: Anatomy, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -108,43 +137,39 @@ def read_prefill(
     inputs, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), cache_in(kwargs)
     (batch, length, _), device = inputs.shape, inputs.device
     valid = new_rows_valid(mask, length, device)
-    if valid is None or mask is None:
-        on_host = torch.ones((batch, length), dtype=torch.bool)
+    if valid is None:
         valid = torch.ones((batch, length), dtype=torch.bool, device=device)
-    else:
-        on_host = glance.on_host(mask)[:, -length:].to(torch.bool)
-    kinds = glance.kinds_on_host & on_host
+    facts = glance.facts_with(mask)
     positions = kwargs.get("position_ids")
     if positions is None:
         seen = int(cache.get_seq_length()) if cache is not None else 0
         positions = torch.arange(seen, seen + length, device=device)[None]
     stored = stored_length(cache)
     newlines = newline_places(anatomy, inputs)
-    images = visual_layout(anatomy, list(kinds), tower, None if newlines is None else newlines.cpu())
+    images = visual_layout(anatomy, list(facts.kinds), tower, None if newlines is None else newlines.cpu())
     return Prefill(
         anatomy=anatomy,
         hidden=inputs,
         positions=positions,
         valid=valid,
         visual=(glance.kinds.to(device) & valid).any(0),
-        images=_sent(images, on_host, device),
+        images=_sent(images, facts.behind, device),
         tower=list(tower),
         evidence=evidence,
         cache=cache,
         stored=stored,
         past=_past_rows(cache, mask, stored),
         deepstack=len(kwargs.get("deepstack_visual_embeds") or ()),
-        counts=tuple(on_host.sum(-1).tolist()),
-        instruction=instruction_rows(on_host, kinds.any(0)),
+        counts=tuple(facts.valid.sum(-1).tolist()),
+        instruction=facts.instruction,
     )
 
 
-def _sent(images: Sequence[VisualTokens], valid: Tensor, device: torch.device) -> list[VisualTokens]:
-    """The images with their columns on the device, sent there together; `valid` bool [B, L] on the CPU."""
+def _sent(images: Sequence[VisualTokens], behind: Tensor, device: torch.device) -> list[VisualTokens]:
+    """The images with their columns on the device, sent there together; `behind` as in `Facts`."""
     if not images:
         return []
     columns = torch.split(sent(torch.cat([one.columns for one in images]), device), [len(one) for one in images])
-    behind = valid.sum(-1, keepdim=True) - valid.cumsum(-1)
     after = [int(behind[image.sample, image.columns[-1]]) for image in images]
     return [replace(image, columns=own, after=more) for image, own, more in zip(images, columns, after, strict=True)]
 

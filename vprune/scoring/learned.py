@@ -93,7 +93,8 @@ class Learned:
         network = self.network
         if network is None:
             raise VPruneError("method=learned was not bound to a model: use it through vprune.prune(model, ...)")
-        network.to(prefill.hidden.device)
+        if next(network.parameters()).device != prefill.hidden.device:
+            network.to(prefill.hidden.device)
         features = read_features(prefill, network.config.layer)
         maps: dict[int, Tensor] = {}
         for grid, numbers in same_grid([image.grid for image in prefill.images]).items():
@@ -139,11 +140,11 @@ def read_features(prefill: Prefill, layer: int, until: Tensor | None = None) -> 
         valid = valid & (torch.arange(valid.shape[1], device=valid.device) < until[:, None])
     rows, row_valid = prefill.instruction_on_device if until is None else instruction_rows(valid, prefill.visual)
     _refuse_silence(prefill, None if until is None else rows[:, 0].tolist())
-    caught = layer_attention(prefill, layer)
+    caught = layer_attention(prefill, layer, rows)
     batch, heads, _, width = caught.query.shape
     held = caught.key.shape[2]
     stored = held - valid.shape[1]
-    query = caught.query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, width)).float()
+    query = caught.query.float()
     bias = past_bias(prefill)
     key_valid = stored_and_new_valid(prefill)[:, -held:]
     key = caught.key.float().transpose(-1, -2)

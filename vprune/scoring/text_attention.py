@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vprune import kernels
 from vprune.errors import VPruneError
-from vprune.models.probe import layer_attention, past_bias, stored_and_new_valid
+from vprune.models.probe import keys_valid, layer_attention, past_bias
 from vprune.records import Prefill, instruction_rows
 
 __all__ = ["TextAttention", "instruction_rows"]
@@ -50,20 +50,18 @@ class TextAttention:
         if not prefill.images:
             return []
         layer = prefill.layer if self.layer is None else self.layer
-        caught = layer_attention(prefill, layer)
         rows, row_valid = self.rows(prefill)
-        query = caught.query.gather(
-            2, rows[:, None, :, None].expand(-1, caught.query.shape[1], -1, caught.query.shape[3])
-        )
+        caught = layer_attention(prefill, layer, rows)
         held = caught.key.shape[2]  # a layer with a window stores the last rows only
         stored, bias = held - prefill.valid.shape[1], past_bias(prefill)
+        valid = keys_valid(prefill)
         mass = kernels.column_mass(
-            query,
+            caught.query,
             caught.key,
             scale=caught.scale,
             rows=rows + stored,
             row_valid=row_valid,
-            key_valid=stored_and_new_valid(prefill)[:, -held:],
+            key_valid=None if valid is None else valid[:, -held:],
             key_bias=None if bias is None else bias[:, -held:],
             window=prefill.anatomy.window_of(layer),
             pool=self.pool,
