@@ -154,6 +154,7 @@ class Passage:
             images=short.images,
             counts=short.counts,
             instruction=(rows, row_valid),
+            instruction_sent=None,
         )
         since = chained(before.since, short.index) if layer else None
         self.stretches.append(

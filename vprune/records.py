@@ -182,7 +182,7 @@ class Prefill:
 
     What the host knows without asking the device: `counts`, how many columns of each row are no padding, and
     `instruction`, which hold the text after the last visual token, (LongTensor [B, R], bool [B, R]: the second False
-    beyond a row's own number), on the CPU.
+    beyond a row's own number), on the CPU; `instruction_sent` is a copy that was sent to the device early.
     """
 
     anatomy: Anatomy
@@ -200,11 +200,12 @@ class Prefill:
     layer: int = 0
     counts: tuple[int, ...] = ()
     instruction: tuple[Tensor, Tensor] | None = None
+    instruction_sent: tuple[Tensor, Tensor] | None = None
 
     @property
     def instruction_on_device(self) -> tuple[Tensor, Tensor]:
         """`instruction` beside the hidden rows."""
-        rows, valid = self.instruction or instruction_rows(self.valid, self.visual)
+        rows, valid = self.instruction_sent or self.instruction or instruction_rows(self.valid, self.visual)
         return sent(rows, self.hidden.device), sent(valid, self.hidden.device)
 
     def of_images(self, per_column: Tensor) -> list[Tensor]:

@@ -101,11 +101,12 @@ def shorten_batch(prefill: Prefill, selections: Sequence[Selection], size_aware:
         groups.setdefault(shape, []).append(number)
     width = max(counts)
     stays = prefill.valid.flatten()
-    laid: list[tuple[list[int], Selection, Tensor, Tensor]] = []
+    laid: list[tuple[list[int], Selection, Tensor | int, Tensor]] = []
     for numbers in groups.values():
         one = Selection.stacked([selections[number].to(device) for number in numbers])
         columns = together([prefill.images[number].columns.to(device) for number in numbers])
-        rows = sent(torch.tensor([[prefill.images[number].sample] for number in numbers]), device)
+        samples = [[prefill.images[number].sample] for number in numbers]
+        rows = samples[0][0] if len(samples) == 1 else sent(torch.tensor(samples), device)
         places = columns + rows * length
         if not one.is_identity:
             stays = stays.scatter(0, places.flatten(), False)
@@ -121,13 +122,14 @@ def shorten_batch(prefill: Prefill, selections: Sequence[Selection], size_aware:
     tail = length
     for numbers, one, rows, places in laid:
         new = column.flatten()[places.gather(1, one.kept)]
-        targets = (new + rows * width).flatten()
-        if one.shares is not None:
-            merges.append(_merges(one, one.shares, places, targets))
         held = [image.standing for number in numbers if (image := images[number]).standing is not None]
-        if size_aware and any(known.shares is not None for known in (one, *held)):
-            bias = torch.zeros(batch * width, device=device) if bias is None else bias
-            bias = bias.scatter(0, targets, one.sizes.flatten().float().log())
+        if any(known.shares is not None for known in (one, *held)):
+            targets = (new + rows * width).flatten()
+            if one.shares is not None:
+                merges.append(_merges(one, one.shares, places, targets))
+            if size_aware:
+                bias = torch.zeros(batch * width, device=device) if bias is None else bias
+                bias = bias.scatter(0, targets, one.sizes.flatten().float().log())
         for number, own in zip(numbers, new.unbind(), strict=True):
             image, selection = images[number], selections[number]
             standing = selection if image.standing is None else image.standing.then(selection)

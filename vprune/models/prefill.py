@@ -23,22 +23,24 @@ class Facts:
     """What follows from a prompt's places alone, on the CPU.
 
     `valid` bool [B, L]: no padding; `kinds` bool [kinds, B, L]: places of pictures and of videos; `behind` LongTensor
-    [B, L]: how many valid columns follow; `instruction` as in `Prefill`.
+    [B, L]: how many valid columns follow; `instruction` as in `Prefill`, and `instruction_sent` on the prompt's device.
     """
 
     valid: Tensor
     kinds: Tensor
     behind: Tensor
     instruction: tuple[Tensor, Tensor]
+    instruction_sent: tuple[Tensor, Tensor]
 
     @classmethod
-    def of(cls, kinds: Tensor, mask: Tensor | None) -> Facts:
-        """Find them out from a mask [B, S + L] (None = no padding); all on the CPU."""
+    def of(cls, kinds: Tensor, mask: Tensor | None, device: torch.device) -> Facts:
+        """Find them out from a mask [B, S + L] (None = no padding), both on the CPU, of a prompt on `device`."""
         length = kinds.shape[-1]
         valid = torch.ones_like(kinds[0]) if mask is None else mask[:, -length:].to(torch.bool)
         kinds = kinds & valid
         behind = valid.sum(-1, keepdim=True) - valid.cumsum(-1)
-        return cls(valid, kinds, behind, instruction_rows(valid, kinds.any(0)))
+        rows, row_valid = instruction_rows(valid, kinds.any(0))
+        return cls(valid, kinds, behind, (rows, row_valid), (sent(rows, device), sent(row_valid, device)))
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,13 @@ class Glance:
     @cached_property
     def facts(self) -> Facts:
         """What follows if the decoder is given the same mask."""
-        return Facts.of(self.kinds_on_host, self.mask_on_host)
+        return Facts.of(self.kinds_on_host, self.mask_on_host, self.kinds.device)
 
     def facts_with(self, mask: Tensor | None) -> Facts:
         """What follows with the mask that the decoder is given; another one is read from the device."""
-        return self.facts if mask is self.mask else Facts.of(self.kinds_on_host, None if mask is None else mask.cpu())
+        if mask is self.mask:
+            return self.facts
+        return Facts.of(self.kinds_on_host, None if mask is None else mask.cpu(), self.kinds.device)
 
 
 def with_cache(anatomy: Anatomy, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -162,6 +166,7 @@ def read_prefill(
         deepstack=len(kwargs.get("deepstack_visual_embeds") or ()),
         counts=tuple(facts.valid.sum(-1).tolist()),
         instruction=facts.instruction,
+        instruction_sent=facts.instruction_sent,
     )
 
 

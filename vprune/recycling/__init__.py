@@ -94,24 +94,24 @@ class Recycler:
             by_frame: every frame gets as many anchors.
         """
         ranking = order if isinstance(order, Ranking) else Ranking.of(order)
-        tokens = numbers_like(ranking.ties.expand(ranking.shape))
-        places, sizes = (tokens, None) if standing is None else (standing.kept, standing.sizes)
-        if budget >= tokens.shape[-1]:
-            return Selection.pure(tokens, tokens.shape[-1], sizes)
+        tokens, sizes = ranking.shape[-1], None if standing is None else standing.sizes
+        if self.kind == "none" or budget >= tokens:
+            return Selection.pure(ranking.first(min(budget, tokens)), tokens, sizes)
+        places = numbers_like(ranking.ties.expand(ranking.shape)) if standing is None else standing.kept
         if self.kind == "nearest":
             kept = ranking.first(budget)
             return Absorption(grid, kept[..., :0], kept, places, self.distance, sizes)
         cells = reserved_cells(grid, budget, self.cells)
         if self.kind in ("grid", "weighted") and cells is not None:
-            cell = cell_of_token(grid, cells, tokens.device)[places]
-            weighted = importance.to(tokens.device) if importance is not None and self.kind == "weighted" else None
+            cell = cell_of_token(grid, cells, places.device)[places]
+            weighted = importance.to(places.device) if importance is not None and self.kind == "weighted" else None
             return merge_cells(ranking, cell, budget, math.prod(cells), sizes, weighted)
         anchors = self.anchors_of(budget, grid[0] if by_frame else 1)
         if self.kind == "anchors" and anchors:
             pure = ranking.first(budget - anchors)
             chosen = spread_anchors(pure, anchors, places, grid, by_frame)
             return Absorption(grid, pure, chosen, places, self.distance, sizes)
-        return Selection.pure(ranking.first(budget), tokens.shape[-1], sizes)
+        return Selection.pure(ranking.first(budget), tokens, sizes)
 
     def anchors_of(self, budget: int, frames: int = 1) -> int:
         """How many rows of a budget are anchors, the same number in each of so many frames; 0 = no room."""

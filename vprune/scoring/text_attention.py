@@ -59,7 +59,7 @@ class TextAttention:
             caught.query,
             caught.key,
             scale=caught.scale,
-            rows=rows + stored,
+            rows=rows + stored if stored else rows,
             row_valid=row_valid,
             key_valid=None if valid is None else valid[:, -held:],
             key_bias=None if bias is None else bias[:, -held:],
