@@ -144,7 +144,7 @@ class Passage:
         assert prefill.instruction is not None
         rows, row_valid = prefill.instruction
         first = short.index.shape[1] - row_valid.sum(-1, keepdim=True)  # text is the end of every row
-        rows = (first + torch.arange(rows.shape[1])).clamp(max=short.index.shape[1] - 1)
+        rows = (first + torch.arange(rows.shape[1], device=rows.device)).clamp(max=short.index.shape[1] - 1)
         self.prefill = replace(
             prefill,
             hidden=shorter,

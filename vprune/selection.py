@@ -114,7 +114,7 @@ class Random:
     def _drawn(self, tokens: int, fingerprint: int) -> Tensor:
         # Weyl steps and a modulus mix seed and image into one of 2^63 streams.
         mixed = (self.seed * 0x9E3779B97F4A7C15 + fingerprint * 0xBF58476D1CE4E5B9) % (2**63 - 1)
-        return torch.randperm(tokens, generator=torch.Generator().manual_seed(mixed))
+        return torch.randperm(tokens, generator=torch.Generator().manual_seed(mixed), device=_CPU)
 
 
 @dataclass
@@ -134,9 +134,10 @@ _CPU = torch.device("cpu")
 @lru_cache(maxsize=64)
 def strided_ranks(grid: Grid, budget: int) -> Tensor:
     """The place of every token, LongTensor [N], where `budget` evenly spaced ones come first."""
-    chosen = (2 * torch.arange(budget) + 1) * math.prod(grid) // (2 * max(budget, 1))
+    first = torch.arange(budget, device=_CPU)
+    chosen = (2 * first + 1) * math.prod(grid) // (2 * max(budget, 1))
     ranks = spread_ranks(grid, _CPU) + budget
-    ranks[chosen] = torch.arange(budget)
+    ranks[chosen] = first
     return ranks.argsort().argsort()
 
 

@@ -38,7 +38,7 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device == device or device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     # From pinned memory, which torch does not hand out again before the copy is through.
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 class Stopwatch:
