@@ -67,7 +67,7 @@ class Selection:
         `sizes` LongTensor [N]: how many tokens each of them stands for already, None = itself.
         """
         rows = torch.arange(kept.shape[-1], device=kept.device).expand_as(kept)
-        source = kept.new_full((*kept.shape[:-1], tokens), -1).scatter(-1, kept, rows)
+        source = kept.new_full((*kept.shape[:-1], tokens), -1).scatter_(-1, kept, rows)
         return cls(kept, source, None, torch.ones_like(kept) if sizes is None else sizes.gather(-1, kept))
 
     @classmethod
@@ -83,11 +83,11 @@ class Selection:
         own = torch.ones_like(source) if sizes is None else sizes
         row = source.clamp(min=0)
         own = torch.where(source >= 0, own, 0)
-        total = torch.zeros_like(kept).scatter_add(-1, row, own)
+        total = torch.zeros_like(kept).scatter_add_(-1, row, own)
         weights = own.to(torch.float64) / total.gather(-1, row)
         if shares is not None:
             counted = own * shares.to(torch.float64).nan_to_num(0.0, 0.0, 0.0).clamp(min=0.0)
-            sums = torch.zeros_like(kept, dtype=torch.float64).scatter_add(-1, row, counted).gather(-1, row)
+            sums = torch.zeros_like(kept, dtype=torch.float64).scatter_add_(-1, row, counted).gather(-1, row)
             weights = torch.where(sums > 0, counted / sums.clamp(min=1e-300), weights)
         return cls(kept, source, weights, total)
 
@@ -101,7 +101,7 @@ class Selection:
             shares = torch.where(source >= 0, self.weights * later.weights[row], 0.0)
         # What is dropped is counted in a row of its own behind the last one, which is cut off again.
         rows = torch.where(later.source >= 0, later.source, later.kept.shape[0])
-        sizes = self.sizes.new_zeros(later.kept.shape[0] + 1).index_add(0, rows, self.sizes)[:-1]
+        sizes = self.sizes.new_zeros(later.kept.shape[0] + 1).index_add_(0, rows, self.sizes)[:-1]
         return Selection(self.kept[later.kept], source, shares, sizes)
 
     def to(self, device: torch.device) -> Selection:

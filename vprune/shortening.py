@@ -84,7 +84,7 @@ def restore_columns(hidden: Tensor, index: Tensor, length: int) -> Tensor:
     batch, _, width = hidden.shape
     # Padding goes to a column of its own behind the last one, which is cut off again.
     places = torch.where(index >= 0, index, length)[..., None].expand(-1, -1, width).to(hidden.device)
-    return hidden.new_zeros((batch, length + 1, width)).scatter(1, places, hidden)[:, :length]
+    return hidden.new_zeros((batch, length + 1, width)).scatter_(1, places, hidden)[:, :length]
 
 
 def shorten_batch(prefill: Prefill, selections: Sequence[Selection], size_aware: bool) -> Shortening:
@@ -100,28 +100,28 @@ def shorten_batch(prefill: Prefill, selections: Sequence[Selection], size_aware:
         shape = (len(image), selection.kept.shape[0], selection.shares is None)
         groups.setdefault(shape, []).append(number)
     width = max(counts)
-    stays = prefill.valid.flatten()
-    laid: list[tuple[list[int], Selection, Tensor | int, Tensor]] = []
+    stays = prefill.valid.flatten().clone()
+    laid: list[tuple[list[int], Selection, Tensor | int, Tensor, Tensor]] = []
     for numbers in groups.values():
         one = Selection.stacked([selections[number].to(device) for number in numbers])
         columns = together([prefill.images[number].columns.to(device) for number in numbers])
         samples = [[prefill.images[number].sample] for number in numbers]
         rows = samples[0][0] if len(samples) == 1 else sent(torch.tensor(samples), device)
         places = columns + rows * length
+        chosen = places.gather(1, one.kept)
         if not one.is_identity:
-            stays = stays.scatter(0, places.flatten(), False)
-            stays = stays.scatter(0, places.gather(1, one.kept).flatten(), True)
-        laid.append((numbers, one, rows, places))
+            stays.scatter_(0, places.flatten(), False).scatter_(0, chosen.flatten(), True)
+        laid.append((numbers, one, rows, places, chosen))
     stays = stays.view(batch, length)
     seen = stays.cumsum(-1)
     column = torch.where(stays, seen - seen[:, -1:] + (width - 1), width)
     # Columns that do not stay go to one of their own behind the last, which is cut off again.
     index = torch.full((batch, width + 1), -1, device=device)
-    index = index.scatter(1, column, torch.arange(length, device=device).expand(batch, -1))[:, :width]
+    index = index.scatter_(1, column, torch.arange(length, device=device).expand(batch, -1))[:, :width]
     images, merges, bias = list(prefill.images), [], None
     tail = length
-    for numbers, one, rows, places in laid:
-        new = column.flatten()[places.gather(1, one.kept)]
+    for numbers, one, rows, places, chosen in laid:
+        new = column.flatten()[chosen]
         held = [image.standing for number in numbers if (image := images[number]).standing is not None]
         if any(known.shares is not None for known in (one, *held)):
             targets = (new + rows * width).flatten()
@@ -129,7 +129,7 @@ def shorten_batch(prefill: Prefill, selections: Sequence[Selection], size_aware:
                 merges.append(_merges(one, one.shares, places, targets))
             if size_aware:
                 bias = torch.zeros(batch * width, device=device) if bias is None else bias
-                bias = bias.scatter(0, targets, one.sizes.flatten().float().log())
+                bias.scatter_(0, targets, one.sizes.flatten().float().log())
         for number, own in zip(numbers, new.unbind(), strict=True):
             image, selection = images[number], selections[number]
             standing = selection if image.standing is None else image.standing.then(selection)
@@ -147,6 +147,6 @@ def _merges(selection: Selection, shares: Tensor, places: Tensor, targets: Tenso
     row = torch.where(dropped, last, selection.source)
     places = torch.where(dropped, places.gather(1, selection.kept[:, -1:]), places)
     order = row.argsort(dim=-1, stable=True)
-    lengths = torch.zeros_like(selection.kept).scatter_add(1, row, torch.ones_like(row))
+    lengths = torch.zeros_like(selection.kept).scatter_add_(1, row, torch.ones_like(row))
     weights = torch.where(dropped, 0.0, shares).gather(1, order)
     return Merges(targets, places.gather(1, order).flatten(), lengths.flatten(), weights.flatten())

@@ -95,7 +95,7 @@ def _asked_for(attention: nn.Module, rows: Tensor, length: int) -> Iterator[None
         return (args[0].gather(1, index(args[0])),)
 
     def spread(module: nn.Module, args: Any, made: Tensor) -> Tensor:
-        return made.new_zeros((made.shape[0], length, made.shape[-1])).scatter(1, index(made), made)
+        return made.new_zeros((made.shape[0], length, made.shape[-1])).scatter_(1, index(made), made)
 
     def one(module: nn.Module, args: Any) -> Any:
         return (args[0][:, :1],)

@@ -49,7 +49,7 @@ class Absorption:
             apart = (where[..., part, None, :] - there[..., None, :, :]).square().sum(-1).sqrt()
             found.append(nearest_anchor(rows[..., part, :], anchors, self.distance * apart))
         stay = torch.cat([self.pure, self.anchors], -1)
-        leader = self.anchors.gather(-1, torch.cat(found, -1)).scatter(-1, stay, stay)
+        leader = self.anchors.gather(-1, torch.cat(found, -1)).scatter_(-1, stay, stay)
         return lay_out(leader, stay.shape[-1], self.sizes)
 
 
@@ -90,7 +90,7 @@ def spread_anchors(pure: Tensor, count: int, places: Tensor, grid: Grid, by_fram
     ranking = Ranking(ranks.expand(*places.shape[:-1], -1))
     if places.shape[-1] < ranks.shape[0]:  # an earlier stage has left some tokens only
         ranking = ranking.of_those(places)
-    left = torch.ones_like(places, dtype=torch.bool).scatter(-1, pure, False)
+    left = torch.ones_like(places, dtype=torch.bool).scatter_(-1, pure, False)
     return ranking.first(count, left)
 
 

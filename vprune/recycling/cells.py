@@ -42,7 +42,7 @@ def merge_cells(
     rank, cell = ranking.ranks, cell.expand(ranking.shape)
     # A cell still needs a row after m tokens were kept if its last token ranks at m or later. With one more kept, at
     # most one cell less needs a row, so the first m that fills the budget fills it exactly.
-    last = rank.new_full((*rank.shape[:-1], count), -1).scatter_reduce(-1, cell, rank, "amax")
+    last = rank.new_full((*rank.shape[:-1], count), -1).scatter_reduce_(-1, cell, rank, "amax")
     tried = torch.arange(budget - count, budget + 1, device=rank.device)
     rows = tried + (last[..., None, :] >= tried[:, None]).sum(-1)
     kept_pure = budget - count + (rows < budget).sum(-1, keepdim=True)

@@ -26,7 +26,7 @@ def lay_out(leader: Tensor, rows: int, sizes: Tensor | None = None, shares: Tens
     leads = leader == token
     row = leads.cumsum(-1) - 1
     # Tokens that lead no row go to a place of their own behind the last one, which is cut off again.
-    kept = torch.empty_like(leader).scatter(-1, torch.where(leads, row, rows), token)[..., :rows]
+    kept = torch.empty_like(leader).scatter_(-1, torch.where(leads, row, rows), token)[..., :rows]
     return Selection.grouped(kept, row.gather(-1, leader), sizes, shares)
 
 
@@ -45,10 +45,10 @@ def medians(group: Tensor, count: int) -> Tensor:
 def foremost(group: Tensor, count: int, rank: Tensor) -> Tensor:
     """The token of each of `count` groups of the lowest `rank` (LongTensor [N], a permutation); as in `medians`."""
     tokens = group.shape[-1]
-    best = rank.new_full((*group.shape[:-1], count + 1), tokens - 1).scatter_reduce(-1, group, rank, "amin")
+    best = rank.new_full((*group.shape[:-1], count + 1), tokens - 1).scatter_reduce_(-1, group, rank, "amin")
     return rank.argsort(dim=-1).gather(-1, best[..., :count])
 
 
 def _counts(group: Tensor, count: int) -> Tensor:
     empty = group.new_zeros((*group.shape[:-1], count + 1))
-    return empty.scatter_add(-1, group, torch.ones_like(group))[..., :count]
+    return empty.scatter_add_(-1, group, torch.ones_like(group))[..., :count]
