@@ -39,12 +39,11 @@ class Ranking:
 
     def first(self, count: int, among: Tensor | None = None) -> Tensor:
         """The first `count` tokens, LongTensor [count], ascending; `among` bool [N]: those that may be taken."""
-        ties = self.ties.expand(self.shape)
-        scores = torch.zeros(self.shape, device=ties.device) if self.scores is None else self.scores
-        rows = (part.reshape(-1, self.shape[-1]) for part in (scores, ties))
-        valid = None if among is None else among.reshape(-1, self.shape[-1])
-        chosen = kernels.select(next(rows), count, ties=next(rows), valid=valid)
-        return chosen.view(*self.shape[:-1], count)
+        flat = (-1, self.shape[-1])
+        ties = self.ties.expand(self.shape).reshape(flat)
+        scores = torch.zeros(ties.shape, device=ties.device) if self.scores is None else self.scores.reshape(flat)
+        valid = None if among is None else among.reshape(flat)
+        return kernels.select(scores, count, ties=ties, valid=valid).view(*self.shape[:-1], count)
 
     @cached_property
     def order(self) -> Tensor:

@@ -86,7 +86,8 @@ class Learned:
         """Score all images of a prefill, those of one grid at once.
 
         Raises:
-            VPruneError: a sample without instruction tokens, attention that is no number, or `bound` was not called.
+            VPruneError: a sample without instruction tokens, or `bound` was not called; on a CPU, where a look costs no
+                waiting, also scores that are no numbers.
         """
         if not prefill.images:
             return []
