@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,24 +33,36 @@ def together(parts: Sequence[Tensor]) -> Tensor:
 class Selection:
     """Which rows stand for an image's N visual tokens after pruning.
 
-    `kept` LongTensor [K] ascending: the original indices at which the K remaining rows stand; `source` LongTensor [N]:
-    for every token the row (0..K-1) that now stands for it, -1 = dropped; `shares` [N]: its share in that row, one in
-    total per row, None when every row is the token that stands there, untouched; `sizes` LongTensor [K]: how many
-    tokens each row stands for. All on one device; images alike may share one selection, [I, K] and [I, N].
+    `kept` LongTensor [K] ascending: the original indices at which the K remaining rows stand; `tokens`: N; `joined`
+    LongTensor [N]: for every token the row (0..K-1) that now stands for it, -1 = dropped, None when those kept stand
+    for themselves alone; `shares` [N]: its share in that row, one in total per row, None when every row is the token
+    that stands there, untouched; `counted` LongTensor [K]: how many tokens each row stands for, None = one. All on one
+    device; images alike may share one selection, [I, K] and [I, N].
     """
 
     kept: Tensor
-    source: Tensor
-    shares: Tensor | None
-    sizes: Tensor
-
-    def __post_init__(self) -> None:
-        assert self.kept.shape == self.sizes.shape and (self.shares is None or self.shares.shape == self.source.shape)
+    tokens: int
+    joined: Tensor | None = None
+    shares: Tensor | None = None
+    counted: Tensor | None = None
 
     @property
     def is_identity(self) -> bool:
         """True when every token stays as it is."""
-        return self.kept.shape == self.source.shape
+        return self.kept.shape[-1] == self.tokens
+
+    @cached_property
+    def source(self) -> Tensor:
+        """The row that stands for every token, LongTensor [N], -1 = dropped."""
+        if self.joined is not None:
+            return self.joined
+        rows = torch.arange(self.kept.shape[-1], device=self.kept.device).expand_as(self.kept)
+        return self.kept.new_full((*self.kept.shape[:-1], self.tokens), -1).scatter_(-1, self.kept, rows)
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """How many tokens each row stands for, LongTensor [K]."""
+        return torch.ones_like(self.kept) if self.counted is None else self.counted
 
     @property
     def weights(self) -> Tensor:
@@ -66,9 +79,7 @@ class Selection:
 
         `sizes` LongTensor [N]: how many tokens each of them stands for already, None = itself.
         """
-        rows = torch.arange(kept.shape[-1], device=kept.device).expand_as(kept)
-        source = kept.new_full((*kept.shape[:-1], tokens), -1).scatter_(-1, kept, rows)
-        return cls(kept, source, None, torch.ones_like(kept) if sizes is None else sizes.gather(-1, kept))
+        return cls(kept, tokens, counted=None if sizes is None else sizes.gather(-1, kept))
 
     @classmethod
     def grouped(
@@ -89,7 +100,7 @@ class Selection:
             counted = own * shares.to(torch.float64).nan_to_num(0.0, 0.0, 0.0).clamp(min=0.0)
             sums = torch.zeros_like(kept, dtype=torch.float64).scatter_add_(-1, row, counted).gather(-1, row)
             weights = torch.where(sums > 0, counted / sums.clamp(min=1e-300), weights)
-        return cls(kept, source, weights, total)
+        return cls(kept, source.shape[-1], source, weights, total)
 
     def then(self, later: Selection) -> Selection:
         """Follow this selection by another one of the rows that it left."""
@@ -102,30 +113,34 @@ class Selection:
         # What is dropped is counted in a row of its own behind the last one, which is cut off again.
         rows = torch.where(later.source >= 0, later.source, later.kept.shape[0])
         sizes = self.sizes.new_zeros(later.kept.shape[0] + 1).index_add_(0, rows, self.sizes)[:-1]
-        return Selection(self.kept[later.kept], source, shares, sizes)
+        return Selection(self.kept[later.kept], self.tokens, source, shares, sizes)
 
     def to(self, device: torch.device) -> Selection:
         """The same on another device; the host does not wait for it on its way to a GPU."""
         if self.kept.device == device:
             return self
-        shares = None if self.shares is None else sent(self.shares, device)
-        return Selection(sent(self.kept, device), sent(self.source, device), shares, sent(self.sizes, device))
+        return self._each(lambda part: sent(part, device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Selection:
+        joined, shares, counted = (
+            None if part is None else change(part) for part in (self.joined, self.shares, self.counted)
+        )
+        return Selection(change(self.kept), self.tokens, joined, shares, counted)
 
     @classmethod
     def stacked(cls, selections: Sequence[Selection]) -> Selection:
         """Selections of images alike as one, [I, K] and [I, N]."""
-        parts = zip(*((one.kept, one.source, one.sizes) for one in selections), strict=True)
-        kept, source, sizes = map(together, parts)
+        if len(selections) == 1:
+            return selections[0]._each(lambda part: part[None])
+        kept, source, sizes = (
+            torch.stack(part) for part in zip(*((one.kept, one.source, one.sizes) for one in selections), strict=True)
+        )
         shares = [one.shares for one in selections if one.shares is not None]
-        return cls(kept, source, together(shares) if len(shares) == len(selections) else None, sizes)
+        return cls(kept, source.shape[-1], source, torch.stack(shares) if len(shares) == len(kept) else None, sizes)
 
     def unbind(self) -> list[Selection]:
         """The selections of the single images of [I, K] and [I, N]."""
-        shares = [None] * len(self.kept) if self.shares is None else self.shares.unbind()
-        return [
-            Selection(*one)
-            for one in zip(self.kept.unbind(), self.source.unbind(), shares, self.sizes.unbind(), strict=True)
-        ]
+        return [self._each(itemgetter(number)) for number in range(len(self.kept))]
 
 
 @dataclass(frozen=True)

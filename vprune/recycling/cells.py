@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -73,4 +74,4 @@ def representatives(cell: Tensor) -> Selection:
     merged = means_in_place(cell)
     weights = torch.zeros_like(merged.weights)
     weights[merged.kept] = 1.0
-    return Selection(merged.kept, merged.source, weights, merged.sizes)
+    return replace(merged, shares=weights)
