@@ -25,7 +25,15 @@ from vprune.models.cache import (
     without_cache,
 )
 from vprune.models.masks import layer_mask, prefill_mask, refuse_bias, refuse_windows, stored_mask
-from vprune.models.prefill import callers_mask, masks_of_model, read_prefill, restored, shortened_deepstack, with_cache
+from vprune.models.prefill import (
+    Glance,
+    callers_mask,
+    masks_of_model,
+    read_prefill,
+    restored,
+    shortened_deepstack,
+    with_cache,
+)
 from vprune.models.tower import TowerWatch
 from vprune.passage import Passage, cache_layer_masks
 from vprune.pruner import Pruner, Resize, load_method
@@ -97,7 +105,7 @@ class Pruning:
         )
         self._attached = False
         self._handles: list[RemovableHandle] = []
-        self._visual: Tensor | None = None  # places of this forward's visual tokens, bool [kinds, B, L]
+        self._glance: Glance | None = None  # at this forward's prompt, if there are visual tokens in it
         self._mask: Tensor | None = None  # the caller's 2-D mask, where the model hands finished ones to its decoder
         self._passage: Passage | None = None  # the prefill that the decoder is running
         self._whole: tuple[dict[str, Any], Any] | None = None  # one that stays as it is, to be told of afterwards
@@ -135,6 +143,8 @@ class Pruning:
                 refuse_windows(self._anatomy.backend)
             try:
                 self._handles = self._tower.attach()
+                if self._anatomy.tower is not None:
+                    self._handles.append(self._anatomy.tower.register_forward_hook(self._after_tower))
                 self._handles += [
                     base.register_forward_pre_hook(self._before_base, with_kwargs=True),
                     base.register_forward_hook(self._after_base, always_call=True),
@@ -167,7 +177,7 @@ class Pruning:
         self._tower.forget()
 
     def _forget(self) -> None:
-        self._visual = self._mask = self._passage = self._whole = None
+        self._glance = self._mask = self._passage = self._whole = None
         self._layer_masks = {}
 
     def _watch_layers(self) -> None:
@@ -190,9 +200,12 @@ class Pruning:
         self._tower.keep_for_later()
         self._carried = True
         input_ids = args[0] if args else kwargs.get("input_ids")
-        visual = visual_kinds(self._anatomy, input_ids, kwargs.get("inputs_embeds"))
-        # Looked at now, before the tower is in the device's queue: later, the answer would wait for it.
-        self._visual = visual if bool(visual.any()) else None
+        glance = Glance.at(visual_kinds(self._anatomy, input_ids, kwargs.get("inputs_embeds")), self._mask)
+        self._glance = glance if bool(glance.kinds_on_host.any()) else None
+
+    def _after_tower(self, tower: nn.Module, args: Any, output: Any) -> None:
+        if self._glance is not None:
+            _ = self._glance.facts  # found out while the device is at work on the tower
 
     def _after_base(self, base: nn.Module, args: Any, output: Any) -> None:
         if self._carried:
@@ -205,11 +218,11 @@ class Pruning:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if kwargs.get("inputs_embeds") is None:
             return None
-        if self._visual is not None:
+        if self._glance is not None:
             if self._stays_whole(kwargs):
                 self._whole = kwargs, moment_of(kwargs["inputs_embeds"])
                 return None
-            kwargs = self._begin(with_cache(self._anatomy, kwargs), self._visual)
+            kwargs = self._begin(with_cache(self._anatomy, kwargs), self._glance)
         cache = cache_in(kwargs)
         if logical(cache) is None:
             return args, kwargs
@@ -227,24 +240,24 @@ class Pruning:
         fresh = cache is None or not (is_static(cache) or stored_length(cache) or logical(cache))
         return fresh and self.pruner.keeps_all and not hasattr(self._model, "hf_device_map")
 
-    def _tell(self, kwargs: dict[str, Any], moment: Any, visual: Tensor) -> None:
+    def _tell(self, kwargs: dict[str, Any], moment: Any, glance: Glance) -> None:
         """The report of a prefill that stayed as it was; read beside the decoder's work, which may be under way."""
         alone = without_cache(kwargs)
         with aside(kwargs["inputs_embeds"].device, moment):
             read = {**alone, "attention_mask": callers_mask(alone, self._mask)}
-            prefill = read_prefill(self._anatomy, read, visual, self._tower.images, self.evidence)
+            prefill = read_prefill(self._anatomy, read, glance, self._tower.images, self.evidence)
             self.evidence = None
             passage = Passage(self.pruner, prefill, None)
             _, short = passage.enter(0, prefill.hidden)
             assert short is None, "a method that keeps everything pruned something"
             self.last = passage.report()
 
-    def _begin(self, kwargs: dict[str, Any], visual: Tensor) -> dict[str, Any]:
+    def _begin(self, kwargs: dict[str, Any], glance: Glance) -> dict[str, Any]:
         """Start the passage of this prefill; if it is shortened before layer 0, exchange the decoder's inputs."""
         fits = fixed_size(cache_in(kwargs))
         own_masks = masks_of_model(kwargs, self._mask)
         read = {**kwargs, "attention_mask": callers_mask(kwargs, self._mask)}
-        prefill = read_prefill(self._anatomy, read, visual, self._tower.images, self.evidence)
+        prefill = read_prefill(self._anatomy, read, glance, self._tower.images, self.evidence)
         self.evidence = None
         self._passage = passage = Passage(self.pruner, prefill, own_masks)
         embeds, short = passage.enter(0, prefill.hidden)
@@ -275,8 +288,8 @@ class Pruning:
         return {**kwargs, **features, "inputs_embeds": embeds, "position_ids": positions, "attention_mask": masked}
 
     def _after_decoder(self, decoder: nn.Module, args: Any, output: Any) -> Any:
-        if self._whole is not None and self._visual is not None:
-            self._tell(*self._whole, self._visual)
+        if self._whole is not None and self._glance is not None:
+            self._tell(*self._whole, self._glance)
             self._whole = None
         if self._passage is None or not self._passage.shortened:
             return None

@@ -109,7 +109,7 @@ def contested(total: int, maps: Sequence[Tensor], grids: Sequence[Grid], minimum
     floors = [min(one.numel(), minimum) for one in maps]
     scores, owner, safe = [], [], []
     for number, (one, grid) in enumerate(zip(maps, grids, strict=True)):
-        own = one.flatten().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)[spread_order(grid)]
+        own = one.cpu().flatten().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)[spread_order(grid)]
         ranked = own.sort(descending=True, stable=True).values
         scores.append(ranked)
         owner.append(torch.full((ranked.numel(),), number))

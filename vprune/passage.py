@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vprune.errors import VPruneError
+from vprune.models.aside import Stopwatch
 from vprune.models.cache import (
     LogicalStaticLayer,
     StoredRows,
@@ -22,7 +24,7 @@ from vprune.models.cache import (
 )
 from vprune.models.masks import Sight, layer_mask, seen_among
 from vprune.pruner import Pruner
-from vprune.records import ImageReport, Prefill, PruneReport, Selection, StageReport
+from vprune.records import Grid, ImageReport, Prefill, PruneReport, Selection, StageReport
 from vprune.shortening import Shortening, gather_columns, restore_columns, shorten_batch
 
 
@@ -56,13 +58,12 @@ class Passage:
         self.anatomy, self.backend = prefill.anatomy, prefill.anatomy.backend
         self.length = prefill.hidden.shape[1]
         self.seen = int(prefill.cache.get_seq_length()) if prefill.cache is not None else 0
-        padded = not bool(prefill.valid.all())
-        valid = prefill.valid if padded else None
+        valid = prefill.valid if min(prefill.counts) < self.length else None
         self.stretches = [Stretch(0, self.length, None, None, valid, None, self.length)]
         self._masks: dict[Any, Any] = {}
         self._maps: dict[int, list[Tensor | None]] = {}
-        self._decided: list[list[StageReport]] = [[] for _ in prefill.images]
-        self._seconds = 0.0
+        self._decided: list[Decided] = []
+        self._clock = Stopwatch()
         self._stops = {0}
         for layer, _ in pruner.schedule:
             self._check_stage(layer)
@@ -100,31 +101,27 @@ class Passage:
         """What layer `layer` reads in place of `hidden` [B, K, D], and the shortening that was done, None if none."""
         if layer not in self._stops:
             return hidden, None
-        start = time.perf_counter()
-        here = self.prefill  # (its layers may lie on several devices, and what is known of it goes with it)
-        self.prefill = replace(
-            here,
-            hidden=hidden,
-            positions=here.positions.to(hidden.device),
-            valid=here.valid.to(hidden.device),
-            visual=here.visual.to(hidden.device),
-            layer=layer,
-            start=here.start or here,
-            stored=self._stored_before(layer),
-            past=self._past(layer),
-        )
-        short = None
-        with torch.no_grad():
-            for stage, keep in self.pruner.schedule:
-                if self.pruner.scoring_layer(stage) == layer and stage not in self._maps:
-                    self._maps[stage] = self._scored(layer)
-                if stage == layer:
-                    short = self._decide(layer, keep)
-        self._seconds += time.perf_counter() - start
-        if short is None:
-            return hidden, None
-        shorter = short.shorten(hidden)
-        self._move_on(layer, short, shorter)
+        here, short, shorter = self.prefill, None, hidden
+        with self._clock.running(hidden):
+            self.prefill = replace(  # (its layers may lie on several devices, and what is known of it goes with it)
+                here,
+                hidden=hidden,
+                positions=here.positions.to(hidden.device),
+                valid=here.valid.to(hidden.device),
+                visual=here.visual.to(hidden.device),
+                layer=layer,
+                start=here.start or here,
+                stored=self._stored_before(layer),
+                past=self._past(layer),
+            )
+            with torch.no_grad():
+                for stage, keep in self.pruner.schedule:
+                    if self.pruner.scoring_layer(stage) == layer and stage not in self._maps:
+                        self._maps[stage] = self._scored(layer)
+                    if stage == layer:
+                        short = self._decide(layer, keep)
+            if short is not None:
+                shorter = self._move_on(layer, short)
         return shorter, short
 
     def _scored(self, layer: int) -> list[Tensor | None]:
@@ -137,26 +134,28 @@ class Passage:
         identity = all(selection.is_identity for selection in selections)
         short = None if identity else shorten_batch(self.prefill, selections, self.pruner.size_aware)
         followed = images if short is None else short.images
-        for number, (image, one) in enumerate(zip(followed, maps, strict=True)):
-            importance = None if one is None else one.float().reshape(image.grid)
-            stands = image.standing or untouched(len(image))
-            tokens = stands.kept.numel()
-            self._decided[number].append(
-                StageReport(layer, importance, stands.kept, stands.source, stands.sizes, tokens)
-            )
+        self._decided.append(Decided(layer, maps, [image.standing or untouched(len(image)) for image in followed]))
         if short is None:
             self.prefill = replace(self.prefill, images=followed)
         return short
 
-    def _move_on(self, layer: int, short: Shortening, shorter: Tensor) -> None:
+    def _move_on(self, layer: int, short: Shortening) -> Tensor:
         prefill, before = self.prefill, self.here
+        shorter, positions, visual = short.shorten_all(prefill.hidden, prefill.positions, prefill.visual)
+        assert prefill.instruction is not None
+        rows, row_valid = prefill.instruction
+        first = short.index.shape[1] - row_valid.sum(-1, keepdim=True)  # text is the end of every row
+        rows = (first + torch.arange(rows.shape[1], device=rows.device)).clamp(max=short.index.shape[1] - 1)
         self.prefill = replace(
             prefill,
             hidden=shorter,
-            positions=gather_columns(prefill.positions, short.index),
+            positions=positions,
             valid=short.valid,
-            visual=gather_columns(prefill.visual, short.index) & short.valid,
+            visual=visual,
             images=short.images,
+            counts=short.counts,
+            instruction=(rows, row_valid),
+            instruction_sent=None,
         )
         since = chained(before.since, short.index) if layer else None
         self.stretches.append(
@@ -170,6 +169,7 @@ class Passage:
                 min(before.tail, short.tail),
             )
         )
+        return shorter
 
     def _stored_before(self, layer: int) -> int:
         return stored_length(self.prefill.cache, layer)
@@ -179,29 +179,10 @@ class Passage:
         return self.prefill.past if known is None else known.rows
 
     def report(self) -> PruneReport:
-        """The report of all stages so far."""
-        return PruneReport(
-            [
-                ImageReport(
-                    sample=image.sample,
-                    image=image.image,
-                    grid=image.grid,
-                    importance=next((one.importance for one in stages if one.importance is not None), None),
-                    kept=standing.kept,
-                    source=standing.source,
-                    sizes=standing.sizes,
-                    tokens_before=math.prod(image.grid),
-                    tokens_after=standing.kept.numel(),
-                    seconds=self._seconds,
-                    method=self.pruner.name,
-                    stages=tuple(stages),
-                    layers=len(self.anatomy.layers),
-                )
-                for image, stages in zip(self.prefill.images, self._decided, strict=True)
-                for standing in [image.standing or untouched(len(image))]
-            ],
-            self._seconds,
-        )
+        """The report of all stages so far; it holds on to what they decided, not to the prefill."""
+        images = [(image.sample, image.image, image.grid) for image in self.prefill.images]
+        decided, layers = tuple(self._decided), len(self.anatomy.layers)
+        return PruneReport(len(images), partial(told, images, decided, self._clock, self.pruner.name, layers))
 
     def layer_arguments(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of a layer that reads `hidden` [B, K, D] in place of what the decoder was given."""
@@ -302,6 +283,55 @@ def gather_rotations(part: Tensor, index: Tensor) -> Tensor:
     lead = part.shape[:-3]
     places = index[..., None].expand(*lead, *index.shape, part.shape[-1])
     return part.expand(*lead, index.shape[0], *part.shape[-2:]).gather(-2, places)
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What a stage before decoder layer `layer` was told of all images (`maps`), and what it has left of them."""
+
+    layer: int
+    maps: Sequence[Tensor | None]
+    standing: Sequence[Selection]
+
+
+def told(
+    images: Sequence[tuple[int, int, Grid]], stages: Sequence[Decided], clock: Stopwatch, method: str, layers: int
+) -> tuple[list[ImageReport], float]:
+    """What has become of the images (sample, number in it, grid), fetched from the device, and the seconds it took."""
+    seconds, reports = clock.seconds(), []  # (which waits until all is decided, whatever queue it was decided in)
+    for number, (sample, image, grid) in enumerate(images):
+        parts = []
+        for stage in stages:
+            one, standing = stage.maps[number], stage.standing[number]
+            parts.append(
+                StageReport(
+                    layer=stage.layer,
+                    importance=None if one is None else one.float().cpu().reshape(grid),
+                    kept=standing.kept.cpu(),
+                    source=standing.source.cpu(),
+                    sizes=standing.sizes.cpu(),
+                    tokens_after=standing.kept.numel(),
+                )
+            )
+        now = stages[-1].standing[number] if stages else untouched(math.prod(grid))
+        reports.append(
+            ImageReport(
+                sample=sample,
+                image=image,
+                grid=grid,
+                importance=next((one.importance for one in parts if one.importance is not None), None),
+                kept=now.kept.cpu(),
+                source=now.source.cpu(),
+                sizes=now.sizes.cpu(),
+                tokens_before=math.prod(grid),
+                tokens_after=now.kept.numel(),
+                seconds=seconds,
+                method=method,
+                stages=tuple(parts),
+                layers=layers,
+            )
+        )
+    return reports, seconds
 
 
 def untouched(tokens: int) -> Selection:

@@ -16,10 +16,11 @@ from torch import Tensor
 from vprune.budgets import BUDGETS, Budget, Stage, checked_keep, checked_stages, count_of
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy
-from vprune.records import Prefill, Selection, TowerImage, VisualTokens
-from vprune.recycling import OWN_ROWS, Absorption, Recycler, pool_cells, representatives, settle
+from vprune.models.aside import sent
+from vprune.records import Grid, Prefill, Selection, VisualTokens, together
+from vprune.recycling import OWN_ROWS, Absorption, Recycler, pool_cells, representatives
 from vprune.scoring import Scorer
-from vprune.selection import Selector, TopK, cell_of_token, cells_within, frame_by_frame
+from vprune.selection import Ranking, Selector, TopK, cell_of_token, cells_within, frame_by_frame
 
 _COMMON = (
     "layer",
@@ -145,33 +146,48 @@ class Pruner:
             VPruneError: the budget is more than an image has.
         """
         rows = Budget(keep, self.budget, self.minimum).rows_of(prefill.images, maps)
-        seen = [prefill.tower[image.origin] if image.origin >= 0 else None for image in prefill.images]
-        plans = [self.plan_image(*one) for one in zip(prefill.images, rows, maps, seen, strict=True)]
-        return settle(plans, prefill)
+        alike: dict[tuple[Grid, int, int, bool], list[int]] = {}
+        for number, (image, budget) in enumerate(zip(prefill.images, rows, strict=True)):
+            alike.setdefault((image.grid, len(image), budget, image.standing is None), []).append(number)
+        plans: dict[int, Selection] = {}
+        for (_, _, budget, _), numbers in alike.items():
+            found = self.plan_alike(prefill, numbers, budget, [maps[number] for number in numbers])
+            plans |= zip(numbers, found, strict=True)
+        return [plans[number] for number in range(len(rows))]
 
-    def plan_image(
-        self, image: VisualTokens, budget: int, importance: Tensor | None, seen: TowerImage | None
-    ) -> Selection | Absorption:
-        """Decide for one image; `seen` is what was watched of it in the vision tower, None where nothing was."""
-        order = self.selector.order(importance, image.grid, budget, seen.fingerprint if seen else 0)
+    def plan_alike(
+        self, prefill: Prefill, numbers: Sequence[int], budget: int, maps: Sequence[Tensor | None]
+    ) -> list[Selection]:
+        """Decide for some images of a prefill, of one grid, of which as many tokens stand, all at once.
+
+        All stays on the device of the hidden rows, and the host asks it for nothing.
+        """
+        device, grid = prefill.hidden.device, prefill.images[numbers[0]].grid
+        images, given = [prefill.images[number] for number in numbers], [one for one in maps if one is not None]
+        importance = sent(together([one.flatten() for one in given]), device) if given else None
+        seen = [prefill.tower[image.origin] if image.origin >= 0 else None for image in images]
+        prints = [one.fingerprint if one else 0 for one in seen]
+        ranking = self.selector.rank(importance, grid, budget, prints).to(device)
         if self.budget == "frame":
-            order = frame_by_frame(order, image.grid)
-        if image.standing is not None:
-            row = torch.full_like(order, -1)
-            row[image.standing.kept] = torch.arange(len(image))
-            order = row[order]
-            order = order[order >= 0]
-            importance = None if importance is None else importance.flatten()[image.standing.kept]
-        return self._recycler.plan(order, image.grid, budget, importance, image.standing, self.budget == "frame")
+            ranking = Ranking.of(frame_by_frame(ranking.order, grid))
+        held, standing = [one for image in images if (one := image.standing) is not None], None
+        if held:
+            standing = Selection.stacked(held).to(device)
+            ranking = ranking.of_those(standing.kept)
+            importance = None if importance is None else importance.gather(-1, standing.kept)
+        plan = self._recycler.plan(ranking, grid, budget, importance, standing, self.budget == "frame")
+        if isinstance(plan, Absorption):
+            rows = [prefill.hidden[image.sample, image.columns.to(device)] for image in images]
+            plan = plan.settled(together(rows))
+        return plan.unbind()
 
 
 def spread_over_grid(importance: Tensor, image: VisualTokens) -> Tensor:
     """Importance [K] of what stands of an image, or [N] of all of it, as [N]; NaN where nothing stands."""
     if image.standing is None or importance.numel() != len(image):
         return importance
-    whole = torch.full((math.prod(image.grid),), math.nan)
-    whole[image.standing.kept] = importance.float()
-    return whole
+    whole = torch.full((math.prod(image.grid),), math.nan, device=importance.device)
+    return whole.scatter(0, image.standing.kept.to(importance.device), importance.float())
 
 
 @dataclass
@@ -200,11 +216,12 @@ class Pool(Pruner):
 
     recycles: ClassVar[bool] = False
 
-    def plan_image(
-        self, image: VisualTokens, budget: int, importance: Tensor | None, seen: TowerImage | None
-    ) -> Selection:
+    def plan_alike(
+        self, prefill: Prefill, numbers: Sequence[int], budget: int, maps: Sequence[Tensor | None]
+    ) -> list[Selection]:
         """The means of the cells, each standing where its middle token stood."""
-        return pool_cells(image.grid, budget, image.standing)
+        images = [prefill.images[number] for number in numbers]
+        return [pool_cells(image.grid, budget, image.standing) for image in images]
 
 
 @dataclass
@@ -226,17 +243,21 @@ class Resize(Pruner):
         """The patch grid that the vision tower sees instead of (h, w)."""
         return cells_within(*grid, count_of(self.keep, grid[0] * grid[1], [(1, *grid)]))
 
-    def plan_image(
-        self, image: VisualTokens, budget: int, importance: Tensor | None, seen: TowerImage | None
-    ) -> Selection:
+    def plan_alike(
+        self, prefill: Prefill, numbers: Sequence[int], budget: int, maps: Sequence[Tensor | None]
+    ) -> list[Selection]:
         """One row per token of the small grid.
 
         Raises:
             VPruneError: the image features were computed before the hooks were in place.
         """
-        if seen is None:
-            raise VPruneError("method=resize: pass pixel_values inside the `with vprune.prune(...)` block")
-        return representatives(cell_of_token(image.grid, (1, *(seen.small_grid or seen.grid[1:]))))
+        plans = []
+        for image in (prefill.images[number] for number in numbers):
+            if image.origin < 0:
+                raise VPruneError("method=resize: pass pixel_values inside the `with vprune.prune(...)` block")
+            seen = prefill.tower[image.origin]
+            plans.append(representatives(cell_of_token(image.grid, (1, *(seen.small_grid or seen.grid[1:])))))
+        return plans
 
 
 @lru_cache(maxsize=1)

@@ -3,18 +3,74 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from vprune import kernels
+from vprune.models.aside import sent
 from vprune.records import Grid
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """The N tokens of an image (or of I images alike, [I, N]) in the order in which they are kept, best first.
+
+    By falling `scores` [N], not-a-number the least and equal ones by rising `ties`, LongTensor [N], distinct ranks 0..N
+    - 1; without scores by `ties` alone.
+    """
+
+    ties: Tensor
+    scores: Tensor | None = None
+
+    @classmethod
+    def of(cls, order: Tensor) -> Ranking:
+        """The ranking that an order, LongTensor [N], lays down."""
+        return cls(order.argsort())
+
+    @property
+    def shape(self) -> torch.Size:
+        """[N] or [I, N]."""
+        return self.ties.shape if self.scores is None else self.scores.shape
+
+    def first(self, count: int, among: Tensor | None = None) -> Tensor:
+        """The first `count` tokens, LongTensor [count], ascending; `among` bool [N]: those that may be taken."""
+        flat = (-1, self.shape[-1])
+        ties = self.ties.expand(self.shape).reshape(flat)
+        scores = torch.zeros(ties.shape, device=ties.device) if self.scores is None else self.scores.reshape(flat)
+        valid = None if among is None else among.reshape(flat)
+        return kernels.select(scores, count, ties=ties, valid=valid).view(*self.shape[:-1], count)
+
+    @cached_property
+    def order(self) -> Tensor:
+        """All tokens, LongTensor [N], best first."""
+        by_tie = self.ties.argsort().expand(self.shape)
+        if self.scores is None:
+            return by_tie
+        falling = torch.where(self.scores.isnan(), -math.inf, self.scores).gather(-1, by_tie)
+        return by_tie.gather(-1, falling.argsort(dim=-1, descending=True, stable=True))
+
+    @cached_property
+    def ranks(self) -> Tensor:
+        """The place of every token in the order, LongTensor [N]."""
+        return self.ties if self.scores is None else self.order.argsort()
+
+    def to(self, device: torch.device) -> Ranking:
+        """The same on another device."""
+        return Ranking(sent(self.ties, device), None if self.scores is None else sent(self.scores, device))
+
+    def of_those(self, tokens: Tensor) -> Ranking:
+        """The same among some of the tokens, LongTensor [K] or [I, K], numbered anew."""
+        ties = self.ties.expand(*tokens.shape[:-1], -1).gather(-1, tokens)
+        return Ranking(ties.argsort().argsort(), None if self.scores is None else self.scores.gather(-1, tokens))
+
+
 class Selector(Protocol):
-    """Puts the tokens of one image in the order in which they are kept.
+    """Puts the tokens of images in the order in which they are kept.
 
     `fingerprints` says whether it needs a checksum of the image's pixels.
     """
@@ -24,8 +80,8 @@ class Selector(Protocol):
         """True if it needs a checksum of the image's pixels."""
         ...
 
-    def order(self, importance: Tensor | None, grid: Grid, budget: int, fingerprint: int) -> Tensor:
-        """All tokens, LongTensor [N]: the first `budget` are the choice, the next follow if there is room."""
+    def rank(self, importance: Tensor | None, grid: Grid, budget: int, fingerprints: Sequence[int]) -> Ranking:
+        """The ranking of I images of one grid, of which the first `budget` are the choice; `importance` [I, N]."""
         ...
 
 
@@ -35,13 +91,11 @@ class TopK:
 
     fingerprints: ClassVar[bool] = False
 
-    def order(self, importance: Tensor | None, grid: Grid, budget: int, fingerprint: int) -> Tensor:
-        """Sort by falling importance [N]; not-a-number counts as the least."""
-        spread = spread_order(grid)
+    def rank(self, importance: Tensor | None, grid: Grid, budget: int, fingerprints: Sequence[int]) -> Ranking:
+        """Rank by falling importance [I, N]; not-a-number counts as the least."""
         if importance is None:
-            return spread
-        scores = importance.flatten().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)[spread]
-        return spread[scores.argsort(descending=True, stable=True)]
+            return Ranking(spread_ranks(grid, _CPU).expand(len(fingerprints), -1))
+        return Ranking(spread_ranks(grid, importance.device), importance)
 
 
 @dataclass
@@ -52,11 +106,14 @@ class Random:
 
     fingerprints: ClassVar[bool] = True
 
-    def order(self, importance: Tensor | None, grid: Grid, budget: int, fingerprint: int) -> Tensor:
+    def rank(self, importance: Tensor | None, grid: Grid, budget: int, fingerprints: Sequence[int]) -> Ranking:
         """Permute the tokens."""
+        return Ranking.of(torch.stack([self._drawn(math.prod(grid), one) for one in fingerprints]))
+
+    def _drawn(self, tokens: int, fingerprint: int) -> Tensor:
         # Weyl steps and a modulus mix seed and image into one of 2^63 streams.
         mixed = (self.seed * 0x9E3779B97F4A7C15 + fingerprint * 0xBF58476D1CE4E5B9) % (2**63 - 1)
-        return torch.randperm(math.prod(grid), generator=torch.Generator().manual_seed(mixed))
+        return torch.randperm(tokens, generator=torch.Generator().manual_seed(mixed), device=_CPU)
 
 
 @dataclass
@@ -65,14 +122,22 @@ class Stride:
 
     fingerprints: ClassVar[bool] = False
 
-    def order(self, importance: Tensor | None, grid: Grid, budget: int, fingerprint: int) -> Tensor:
+    def rank(self, importance: Tensor | None, grid: Grid, budget: int, fingerprints: Sequence[int]) -> Ranking:
         """The evenly spaced ones first, the others after them."""
-        total = math.prod(grid)
-        chosen = (2 * torch.arange(budget) + 1) * total // (2 * max(budget, 1))
-        left = torch.ones(total, dtype=torch.bool)
-        left[chosen] = False
-        spread = spread_order(grid)
-        return torch.cat([chosen, spread[left[spread]]])
+        return Ranking(strided_ranks(grid, budget).expand(len(fingerprints), -1))
+
+
+_CPU = torch.device("cpu")
+
+
+@lru_cache(maxsize=64)
+def strided_ranks(grid: Grid, budget: int) -> Tensor:
+    """The place of every token, LongTensor [N], where `budget` evenly spaced ones come first."""
+    first = torch.arange(budget, device=_CPU)
+    chosen = (2 * first + 1) * math.prod(grid) // (2 * max(budget, 1))
+    ranks = spread_ranks(grid, _CPU) + budget
+    ranks[chosen] = first
+    return ranks.argsort().argsort()
 
 
 @lru_cache(maxsize=64)
@@ -89,12 +154,18 @@ def spread_order(grid: Grid) -> Tensor:
     return rank.flatten().argsort(stable=True)
 
 
+@lru_cache(maxsize=64)
+def spread_ranks(grid: Grid, device: torch.device) -> Tensor:
+    """The place of every token in `spread_order`, LongTensor [N], on a device once and for all."""
+    return spread_order(grid).argsort().to(device)
+
+
 def frame_by_frame(order: Tensor, grid: Grid) -> Tensor:
     """The same order (LongTensor [N]) within every frame, the frames taking turns."""
     frame = order // (grid[1] * grid[2])
-    turns = torch.stack([(frame == number).cumsum(0) for number in range(grid[0])])
+    turns = torch.stack([(frame == number).cumsum(-1) for number in range(grid[0])])
     turn = turns.gather(0, frame[None]).squeeze(0)
-    return order[(turn * grid[0] + frame).argsort(stable=True)]
+    return order.gather(-1, (turn * grid[0] + frame).argsort(stable=True))
 
 
 @lru_cache(maxsize=256)
@@ -121,8 +192,8 @@ def budget_cells(grid: Grid, budget: int) -> Grid:
 
 
 @lru_cache(maxsize=256)
-def cell_of_token(grid: Grid, cells: Grid) -> Tensor:
-    """The cell that each token lies in, LongTensor [N], raster order of cells."""
+def cell_of_token(grid: Grid, cells: Grid, device: torch.device = _CPU) -> Tensor:
+    """The cell that each token lies in, LongTensor [N], raster order of cells, on a device once and for all."""
     places = [torch.arange(size) * count // size for size, count in zip(grid, cells, strict=True)]
     frame, row, column = torch.meshgrid(*places, indexing="ij")
-    return ((frame * cells[1] + row) * cells[2] + column).flatten()
+    return ((frame * cells[1] + row) * cells[2] + column).flatten().to(device)

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from vprune import kernels
-from vprune.records import Prefill, Selection, VisualTokens
+from vprune.models.aside import sent
+from vprune.records import Prefill, Selection, VisualTokens, together
 
 
 @dataclass(frozen=True)
 class Merges:
     """Rows that become weighted sums: the m-th, at `targets[m]`, of `lengths[m]` of the `sources`.
 
-    Places are those in the flat batch [B * L].
-
+    Sources are places in the flat batch [B * L], targets in the shorter one [B * K].
     """
 
     targets: Tensor
@@ -30,19 +30,23 @@ class Merges:
 class Shortening:
     """How a batch [B, L] becomes [B, K].
 
-    `index` LongTensor [B, K]: the columns that stay, ascending, left-padded with -1; `tail`: how many of the last
-    columns are the last ones of the unpruned batch too, in every row; `bias` float32 [B, K]: log sizes, None when
-    nothing is merged or sizes are not to count; all on the device of the batch. `images` are those of the batch,
-    in their new columns.
+    `index` LongTensor [B, K]: the columns that stay, ascending, left-padded with -1; `counts`: how many of each row;
+    `tail`: how many of the last columns are the last ones of the unpruned batch too, in every row; `bias` float32 [B,
+    K]: log sizes, None when nothing is merged or sizes are not to count; all on the device of the batch. `images` are
+    those of the batch, in their new columns.
     """
 
     index: Tensor
-    length: int
+    counts: tuple[int, ...]
     tail: int
-    padded: bool
     merges: Sequence[Merges]
     bias: Tensor | None
     images: Sequence[VisualTokens]
+
+    @property
+    def padded(self) -> bool:
+        """True when a row is shorter than the longest."""
+        return min(self.counts) < self.index.shape[1]
 
     @property
     def valid(self) -> Tensor:
@@ -51,13 +55,19 @@ class Shortening:
 
     def shorten(self, hidden: Tensor) -> Tensor:
         """[B, L, D] -> [B, K, D], merged rows put in."""
-        if self.merges:
-            flat = hidden.flatten(0, 1)
-            # One image after the other: a row's value must not depend on what else is in the batch.
-            rows = [kernels.recycle(flat, one.sources, one.lengths, one.weights) for one in self.merges]
-            targets = torch.cat([one.targets for one in self.merges])
-            hidden = flat.index_copy(0, targets, torch.cat(rows)).view_as(hidden)
-        return kernels.compact(hidden, self.index)
+        return self._merged(kernels.compact(hidden, self.index), hidden)
+
+    def shorten_all(self, hidden: Tensor, positions: Tensor, marks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`shorten`, and what belongs to columns: position ids [B, L] or [P, B, L], and marks, bool [B, L]."""
+        short, positions, marked = kernels.compact_batch(hidden, self.index, positions, marks)
+        assert marked is not None
+        return self._merged(short, hidden), positions, marked
+
+    def _merged(self, short: Tensor, hidden: Tensor) -> Tensor:
+        for one in self.merges:
+            rows = kernels.recycle(hidden.flatten(0, 1), one.sources, one.lengths, one.weights)
+            short = short.flatten(0, 1).index_copy(0, one.targets, rows).view_as(short)
+        return short
 
 
 def gather_columns(per_column: Tensor, index: Tensor) -> Tensor:
@@ -74,51 +84,70 @@ def restore_columns(hidden: Tensor, index: Tensor, length: int) -> Tensor:
     batch, _, width = hidden.shape
     # Padding goes to a column of its own behind the last one, which is cut off again.
     places = torch.where(index >= 0, index, length)[..., None].expand(-1, -1, width).to(hidden.device)
-    return hidden.new_zeros((batch, length + 1, width)).scatter(1, places, hidden)[:, :length]
+    return hidden.new_zeros((batch, length + 1, width)).scatter_(1, places, hidden)[:, :length]
 
 
 def shorten_batch(prefill: Prefill, selections: Sequence[Selection], size_aware: bool) -> Shortening:
-    """Lay out the shorter batch: text untouched, of every image the rows that remain, padding only on the left."""
-    device = prefill.hidden.device
-    stays = prefill.valid.cpu().clone()
-    followed: list[VisualTokens] = []
-    batch, length = stays.shape
-    sizes = torch.ones((batch, length))
-    merges, tail = [], length
-    for image, selection in zip(prefill.images, selections, strict=True):
-        row, columns = image.sample, image.columns
-        stays[row, columns] = False
-        stays[row, columns[selection.kept]] = True
-        sizes[row, columns[selection.kept]] = (selection.sizes if selection.mass is None else selection.mass).float()
-        standing = selection if image.standing is None else image.standing.then(selection)
-        followed.append(replace(image, columns=columns[selection.kept], standing=standing))
-        if not selection.is_identity:
-            tail = min(tail, length - 1 - int(columns[-1]))
-        merged = _merges(selection, row * length + columns)
-        if merged is not None:
-            merges.append(Merges(*(part.to(device) for part in merged)))
-    counts = stays.sum(-1)
-    width = int(counts.max())
-    index = torch.full((batch, width), -1, dtype=torch.long)
-    for row in range(batch):
-        index[row, width - int(counts[row]) :] = stays[row].nonzero().squeeze(-1)
-    column = torch.full((batch, length + 1), -1, dtype=torch.long)
-    column.scatter_(1, torch.where(index >= 0, index, length), torch.arange(width).expand(batch, -1))
-    images = [replace(image, columns=column[image.sample, image.columns]) for image in followed]
-    bias = None
-    if size_aware and bool((sizes > 1).any()):
-        bias = sizes.gather(1, index.clamp(min=0)).log().masked_fill(index < 0, 0.0).to(device)
-    return Shortening(index.to(device), length, tail, bool((counts < width).any()), merges, bias, images)
+    """Lay out the shorter batch: text untouched, of every image the rows that remain, padding only on the left.
+
+    How many rows that makes is known beforehand: the device is asked for nothing.
+    """
+    device, (batch, length) = prefill.hidden.device, prefill.valid.shape
+    counts = list(prefill.counts)
+    groups: dict[tuple[int, int, bool, bool], list[int]] = {}
+    for number, (image, selection) in enumerate(zip(prefill.images, selections, strict=True)):
+        counts[image.sample] += selection.kept.shape[0] - len(image)
+        shape = (len(image), selection.kept.shape[0], selection.shares is None, selection.mass is None)
+        groups.setdefault(shape, []).append(number)
+    width = max(counts)
+    stays = prefill.valid.flatten().clone()
+    laid: list[tuple[list[int], Selection, Tensor | int, Tensor, Tensor]] = []
+    for numbers in groups.values():
+        one = Selection.stacked([selections[number].to(device) for number in numbers])
+        columns = together([prefill.images[number].columns.to(device) for number in numbers])
+        samples = [[prefill.images[number].sample] for number in numbers]
+        rows = samples[0][0] if len(samples) == 1 else sent(torch.tensor(samples), device)
+        places = columns + rows * length
+        chosen = places.gather(1, one.kept)
+        if not one.is_identity:
+            stays.scatter_(0, places.flatten(), False).scatter_(0, chosen.flatten(), True)
+        laid.append((numbers, one, rows, places, chosen))
+    stays = stays.view(batch, length)
+    seen = stays.cumsum(-1)
+    column = torch.where(stays, seen - seen[:, -1:] + (width - 1), width)
+    # Columns that do not stay go to one of their own behind the last, which is cut off again.
+    index = torch.full((batch, width + 1), -1, device=device)
+    index = index.scatter_(1, column, torch.arange(length, device=device).expand(batch, -1))[:, :width]
+    images, merges, bias = list(prefill.images), [], None
+    tail = length
+    for numbers, one, rows, places, chosen in laid:
+        new = column.flatten()[chosen]
+        held = [image.standing for number in numbers if (image := images[number]).standing is not None]
+        if any(known.shares is not None for known in (one, *held)):
+            targets = (new + rows * width).flatten()
+            if one.shares is not None:
+                merges.append(_merges(one, one.shares, places, targets))
+            if size_aware:
+                bias = torch.zeros(batch * width, device=device) if bias is None else bias
+                counted = one.sizes if one.mass is None else one.mass
+                bias.scatter_(0, targets, counted.flatten().float().log())
+        for number, own in zip(numbers, new.unbind(), strict=True):
+            image, selection = images[number], selections[number]
+            standing = selection if image.standing is None else image.standing.then(selection)
+            images[number] = replace(image, columns=own, standing=standing)
+            tail = tail if one.is_identity else min(tail, image.after)
+    bias = None if bias is None else bias.view(batch, width)
+    return Shortening(index, tuple(counts), tail, merges, bias, images)
 
 
-def _merges(selection: Selection, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """The rows of an image that are no single token, as (targets, sources, lengths, weights)."""
-    # A row whose own token holds the whole weight is that token: it is gathered, never summed.
-    mixed = selection.weights[selection.kept] != 1.0
-    if not bool(mixed.any()):
-        return None
-    rows = mixed.nonzero().squeeze(-1)
-    members = ((selection.source >= 0) & mixed[selection.source.clamp(min=0)]).nonzero().squeeze(-1)
-    members = members[selection.source[members].argsort(stable=True)]
-    lengths = torch.bincount(selection.source[members], minlength=mixed.numel())[rows]
-    return places[selection.kept[rows]], places[members], lengths, selection.weights[members]
+def _merges(selection: Selection, shares: Tensor, places: Tensor, targets: Tensor) -> Merges:
+    """The rows of images alike, [I, K], as sums of the tokens that they stand for; a row of one token is that token."""
+    last = selection.kept.shape[1] - 1
+    dropped = selection.source < 0
+    # What is dropped joins the sum that is last, with no weight and in the guise of the token that stands there.
+    row = torch.where(dropped, last, selection.source)
+    places = torch.where(dropped, places.gather(1, selection.kept[:, -1:]), places)
+    order = row.argsort(dim=-1, stable=True)
+    lengths = torch.zeros_like(selection.kept).scatter_add_(1, row, torch.ones_like(row))
+    weights = torch.where(dropped, 0.0, shares).gather(1, order)
+    return Merges(targets, places.gather(1, order).flatten(), lengths.flatten(), weights.flatten())

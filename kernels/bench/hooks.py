@@ -46,20 +46,28 @@ class Case:
 
     method: str = ""
     keep: float = 1.0
+    recycle: str = "none"
 
     @property
     def name(self) -> str:
         """A name for the table."""
-        return f"{self.method} keep={self.keep:g}" if self.method else "unhooked"
+        recycled = "" if self.recycle == "none" else f" {self.recycle}"
+        return f"{self.method} keep={self.keep:g}{recycled}" if self.method else "unhooked"
 
     def pruner(self) -> Pruner:
         """The method, made without its YAML file, so that a bare GPU machine needs no hydra."""
         if self.method == "attention":
-            return Pruner(keep=self.keep, scorer=TextAttention(), name=self.method)
+            sized = self.recycle != "none"
+            return Pruner(
+                keep=self.keep, scorer=TextAttention(), recycle=self.recycle, size_aware=sized, name=self.method
+            )
         return Pruner(keep=self.keep, selector=Stride(), name=self.method)
 
 
-CASES = (Case(), Case("uniform"), Case("attention"), Case("uniform", 0.1), Case("attention", 0.1))
+CASES = (
+    *(Case(), Case("uniform"), Case("attention"), Case("uniform", 0.1), Case("attention", 0.1)),
+    *(Case("attention", 0.1, "grid"), Case("attention", 0.1, "anchors")),
+)
 
 
 @dataclass(frozen=True)

@@ -37,12 +37,6 @@ def test_eval_help_names_groups_options_and_exit_codes(capsys: pytest.CaptureFix
         assert word in out
 
 
-@pytest.mark.parametrize("verb", [["segment", "a.png"], ["train", "clip"], ["train", "sam"]])
-def test_what_is_not_built_yet_says_so(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(verb) == 2
-    assert "is not built yet" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("arguments", [["evl"], ["train", "vml"], ["eval", "--nothing"], [], ["train"]])
 def test_a_wrong_word_is_a_mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2

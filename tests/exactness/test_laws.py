@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vprune
 from tests.conftest import GRID
 from tests.exactness.prompts import KINDS, batch
+from vprune.pruner import read_method
 
 METHODS = [name for name in vprune.method_names() if name != "full"]
+BASELINES = [name for name in METHODS if read_method(name)["_target_"].startswith("vprune.baselines.")]
 TOKENS = GRID * GRID
 PROGRESSIVE = ("vflowopt",)  # fewer and fewer rows: the mean over the layers is the budget, test_vflow.py
 STAGED = ("fastv", "pyramiddrop", "sparsevlm", "vtw", "dart", "fitprune")  # the same, tests/methods
@@ -28,6 +31,16 @@ OPTIONS: list[dict[str, Any]] = [
     {"recycle": "anchors", "size_aware": True},
 ]
 OPTION_NAMES = ["plain", "grid", "sizes", "weighted", "nearest", "anchors"]
+KEEPS: list[float | int] = [1, 2, 5, 17, 35, 36, 0.01, 0.1, 0.333, 0.5, 1.0]
+
+
+def crossed(method: str) -> Iterator[Any]:
+    """Every option with every budget; baselines share the code behind both, so that a sample of them is quick."""
+    for name, options in zip(OPTION_NAMES, OPTIONS, strict=True):
+        for keep in KEEPS:
+            sampled = method not in BASELINES or keep in (17, 0.1)[: 2 if name == "plain" else 1]
+            marks = () if sampled else (pytest.mark.slow,)
+            yield pytest.param(method, options, keep, id=f"{method}-{name}-{keep}", marks=marks)
 
 
 def evidence(images: int) -> list[Any]:
@@ -45,9 +58,7 @@ def prefill(model: Any, inputs: dict[str, torch.Tensor], method: str, keep: floa
     return pruning.last
 
 
-@pytest.mark.parametrize("keep", [1, 2, 5, 17, 35, 36, 0.01, 0.1, 0.333, 0.5, 1.0])
-@pytest.mark.parametrize("options", OPTIONS, ids=OPTION_NAMES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "options", "keep"), [case for method in METHODS for case in crossed(method)])
 def test_budget_order_source_and_sizes(
     tiny_vlm: Any, tiny_processor: Any, method: str, options: dict[str, Any], keep: float | int
 ) -> None:

@@ -26,7 +26,7 @@ Media = Image.Image | NDArray[np.uint8]
 Rows = list[list[Media]]
 Grid = tuple[int, int, int]
 ROOT = Path(__file__).parents[2]
-README: dict[str, Any] = {"method": "attention_max", "recycle": "grid", "size_aware": True}
+README: dict[str, Any] = {"method": "learned", "recycle": "anchors", "size_aware": True}
 QUESTIONS = ["what is the number ?", "where is the red circle ?", "count the blue square above the green circle ."]
 
 

@@ -101,7 +101,7 @@ def test_weighted_cells(sizes: Tensor | None, importance: str, cells: int) -> No
     }[importance]
     standing = None
     if sizes is not None:
-        standing = Selection(torch.arange(64), torch.arange(64), torch.ones(64, dtype=torch.float64), sizes)
+        standing = Selection.pure(torch.arange(64), 64, sizes)
     for budget in range(2, 65):
         made = Recycler("weighted", cells).plan(order, (1, 8, 8), budget, given, standing)
         assert isinstance(made, Selection) and made.kept.numel() == budget

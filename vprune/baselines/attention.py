@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vprune.baselines.features import exact
-from vprune.records import Prefill
-from vprune.scoring.text_attention import TextAttention, instruction_rows
+from vprune.records import Prefill, instruction_rows
+from vprune.scoring.text_attention import TextAttention
 
 
 @dataclass

@@ -13,9 +13,8 @@ from torch import Tensor
 from vprune.budgets import Budget
 from vprune.errors import VPruneError
 from vprune.pruner import Pruner
-from vprune.records import Prefill, Selection, VisualTokens
+from vprune.records import Prefill, Selection, VisualTokens, instruction_rows
 from vprune.recycling import Absorption, settle
-from vprune.scoring.text_attention import instruction_rows
 from vprune.selection import frame_by_frame, spread_order
 
 
@@ -37,12 +36,12 @@ class Look:
     def places(self) -> Tensor:
         """Where the tokens lie on the grid, LongTensor [N], ascending."""
         standing = self.image.standing
-        return torch.arange(len(self)) if standing is None else standing.kept
+        return torch.arange(len(self)) if standing is None else standing.kept.cpu()
 
     @property
     def sizes(self) -> Tensor | None:
         """How many tokens each stands for already, LongTensor [N]; None = itself."""
-        return None if self.image.standing is None else self.image.standing.sizes
+        return None if self.image.standing is None else self.image.standing.sizes.cpu()
 
     @property
     def tokens(self) -> Tensor:
@@ -53,8 +52,8 @@ class Look:
     @property
     def asking(self) -> Tensor:
         """The columns of the instruction, the text after the sample's last visual token, LongTensor [R]."""
-        rows, valid = instruction_rows(self.prefill.valid, self.prefill.visual)
-        return rows[self.image.sample][valid[self.image.sample]]
+        rows, valid = self.prefill.instruction or instruction_rows(self.prefill.valid, self.prefill.visual)
+        return rows[self.image.sample][valid[self.image.sample]].to(self.prefill.hidden.device)
 
     @property
     def text(self) -> Tensor:
@@ -165,14 +164,16 @@ class FeaturePruner(Pruner):
             number = torch.empty(math.prod(image.grid), dtype=torch.long)
             number[look.places] = torch.arange(len(look))
             order = number[frame_by_frame(look.places[order], image.grid)]
-        return self._recycler.plan(order, image.grid, budget, look.importance, image.standing, by_frame)
+        standing = None if image.standing is None else image.standing.to(order.device)
+        return self._recycler.plan(order, image.grid, budget, look.importance, standing, by_frame)
 
 
 def standing_part(importance: Tensor | None, image: VisualTokens) -> Tensor | None:
     """Importance of all of an image as that of what stands of it, [N]."""
-    if importance is None or image.standing is None:
-        return importance
-    return importance.flatten()[image.standing.kept]
+    if importance is None:
+        return None
+    here = importance.flatten().cpu()
+    return here if image.standing is None else here[image.standing.kept.cpu()]
 
 
 def joined(kept: Tensor, joins: Tensor, look: Look, shares: Tensor | None = None) -> Selection:

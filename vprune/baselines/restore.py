@@ -58,9 +58,9 @@ class Restore(FeaturePruner):
         group = (rows @ rows[anchors].T).argmax(-1)
         group = group.index_copy(0, anchors, torch.arange(budget, device=group.device)).cpu()
         places = medians(group, budget)
-        where = coordinates(look.places, look.image.grid)
+        where = coordinates(look.image.grid, look.places.device)[look.places]
         apart = (where - where[places[group]]).square().sum(-1).sqrt()
         counted = (-self.decay * apart).exp() * (1 if look.sizes is None else look.sizes)
-        made = lay_out(places[:0], group, places, look.sizes)
+        made = lay_out(places[group], budget, look.sizes)
         mass = torch.zeros(budget).index_add(0, made.source, counted)
         return replace(made, mass=mass.clamp(min=1.0))

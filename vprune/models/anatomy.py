@@ -152,12 +152,11 @@ def carries_images(kwargs: Mapping[str, Any]) -> bool:
 
 def visual_kinds(anatomy: Anatomy, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     """Mark the places of visual tokens, bool [kinds, B, L], from placeholders (or their embeddings)."""
-    ids = torch.tensor(anatomy.token_ids)
     if input_ids is not None:
-        return input_ids == ids.to(input_ids.device)[:, None, None]
+        return torch.stack([input_ids == token for token in anatomy.token_ids])
     assert inputs_embeds is not None
     decoder: Any = anatomy.decoder
-    table: Tensor = decoder.get_input_embeddings()(ids.to(inputs_embeds.device))
+    table: Tensor = decoder.get_input_embeddings()(torch.tensor(anatomy.token_ids).to(inputs_embeds.device))
     return torch.stack([(inputs_embeds == row).all(-1) for row in table])
 
 
@@ -275,7 +274,7 @@ def _grouped(anatomy: Anatomy, visual: Tensor, tower: Sequence[TowerImage], firs
     Beams repeat each row (its images with it) after the tower has run, so the tower may have seen a whole fraction of
     the images that stand in the prompt.
     """
-    counts = [int(count) for count in visual.sum(-1)]
+    counts: list[int] = visual.sum(-1).tolist()
     total = sum(counts)
     # Features made before this forward: pictures encoded but never read (an interrupted call) come first, and rows may
     # have been repeated since. Whole runs of the tower go or stay: part of one would mean that the sizes are wrong.
@@ -292,7 +291,7 @@ def _grouped(anatomy: Anatomy, visual: Tensor, tower: Sequence[TowerImage], firs
     else:
         repeats, seen = 1, _untracked(anatomy, counts)
     tiled = isinstance(getattr(anatomy.config, "downsample_ratio", None), float)  # InternVL
-    layout: list[VisualTokens] = []
+    placed: list[tuple[int, int, int]] = []  # row, number in it, number in `seen`
     start = 0
     for first in range(0, len(counts), repeats):
         taken, end = 0, start
@@ -301,17 +300,20 @@ def _grouped(anatomy: Anatomy, visual: Tensor, tower: Sequence[TowerImage], firs
         if taken != counts[first]:
             raise _no_whole_images(anatomy, counts, seen[0])
         for row in range(first, first + repeats):
-            columns, offset = visual[row].nonzero().squeeze(-1), 0
-            for number, image in enumerate(seen[start:end]):
-                size = tokens_of(image)
-                origin = start + number + dropped + first_origin if tower else -1
-                own = columns[offset : offset + size]
-                first_column = int(own[0])
-                if tiled and number and first_column == int(columns[offset - 1]) + 1:
-                    first_column = layout[-1].picture  # tiles of one picture follow each other without a gap
-                layout.append(VisualTokens(row, number, own, image.grid, origin, picture=first_column))
-                offset += size
+            placed += [(row, number, start + number) for number in range(end - start)]
         start = end
+    # One look at all columns: batches of hundreds of images are read in training.
+    columns = visual.nonzero()[:, 1]
+    sizes = [tokens_of(seen[index]) for _, _, index in placed]
+    ends = torch.tensor(sizes, dtype=torch.long).cumsum(0)
+    firsts, lasts = columns[ends - torch.tensor(sizes, dtype=torch.long)].tolist(), columns[ends - 1].tolist()
+    layout: list[VisualTokens] = []
+    for place, ((row, number, index), own) in enumerate(zip(placed, torch.split(columns, sizes), strict=True)):
+        picture = firsts[place]
+        if tiled and number and picture == lasts[place - 1] + 1:
+            picture = layout[-1].picture  # tiles of one picture follow each other without a gap
+        origin = index + dropped + first_origin if tower else -1
+        layout.append(VisualTokens(row, number, own, seen[index].grid, origin, picture=picture))
     return layout
 
 

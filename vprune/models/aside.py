@@ -1,7 +1,8 @@
-"""Work beside the decoder's: what is only told of a prefill need not hold up the prefill itself."""
+"""Work beside the decoder's: what is sent to a GPU, timed and told of a prefill need not hold the prefill up."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,3 +31,43 @@ def aside(device: torch.device, moment: torch.cuda.Event | None) -> Iterator[Non
         yield
     # Nothing that the block read or made may be given to other work before this queue is through with it.
     stream.synchronize()
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same on another device; on its way from the CPU to a GPU, nobody waits for what the GPU has still to do."""
+    if tensor.device == device or device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    # From pinned memory, which torch does not hand out again before the copy is through.
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+
+
+class Stopwatch:
+    """The time that blocks of work take, as the device counts it; a GPU's is read when it is asked for, not before."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self, tensor: Tensor) -> Iterator[None]:
+        """Count the block, which works on the device of `tensor`."""
+        if not tensor.is_cuda:
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                self._seconds += time.perf_counter() - start
+            return
+        stream = torch.cuda.current_stream(tensor.device)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record(stream)
+        yield
+        end.record(stream)
+        self._marks.append((begin, end))
+
+    def seconds(self) -> float:
+        """All blocks so far; waits for the last of them (and for nothing that came after)."""
+        for _, end in self._marks:
+            end.synchronize()
+        milliseconds: float = sum(begin.elapsed_time(end) for begin, end in self._marks)
+        return self._seconds + milliseconds / 1e3

@@ -107,6 +107,8 @@ def widened(part: Tensor | None, batch: int, length: int, fill: float | bool, de
     if part is None:
         dtype = torch.bool if isinstance(fill, bool) else torch.float32
         return torch.full((batch, length), fill, dtype=dtype, device=device)
+    if part.shape[1] == length:
+        return part.to(device)
     return torch.nn.functional.pad(part[:, :length], (0, length - part[:, :length].shape[1]), value=fill).to(device)
 
 

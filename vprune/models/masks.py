@@ -185,7 +185,7 @@ def finished_mask(
 
 def over_tokens_seen(valid: Tensor, dropped: int) -> Tensor:
     """The 2-D mask over all tokens seen, whose last columns are the rows stored."""
-    return torch.nn.functional.pad(valid, (dropped, 0), value=False)
+    return torch.nn.functional.pad(valid, (dropped, 0), value=False) if dropped else valid
 
 
 def refuse_bias(backend: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,9 +12,65 @@ from torch import Tensor
 
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy, newline_places, visual_layout
+from vprune.models.aside import sent
 from vprune.models.cache import NOTHING_KNOWN, StoredRows, cache_for, cache_in, is_static, logical, stored_length
 from vprune.models.masks import DENSE_BACKENDS, new_rows_valid, padding_mask
-from vprune.records import Prefill, TowerImage
+from vprune.records import Prefill, TowerImage, VisualTokens, instruction_rows
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What follows from a prompt's places alone, on the CPU.
+
+    `valid` bool [B, L]: no padding; `kinds` bool [kinds, B, L]: places of pictures and of videos; `behind` LongTensor
+    [B, L]: how many valid columns follow; `instruction` as in `Prefill`, and `instruction_sent` on the prompt's device.
+    """
+
+    valid: Tensor
+    kinds: Tensor
+    behind: Tensor
+    instruction: tuple[Tensor, Tensor]
+    instruction_sent: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, kinds: Tensor, mask: Tensor | None, device: torch.device) -> Facts:
+        """Find them out from a mask [B, S + L] (None = no padding), both on the CPU, of a prompt on `device`."""
+        length = kinds.shape[-1]
+        valid = torch.ones_like(kinds[0]) if mask is None else mask[:, -length:].to(torch.bool)
+        kinds = kinds & valid
+        behind = valid.sum(-1, keepdim=True) - valid.cumsum(-1)
+        rows, row_valid = instruction_rows(valid, kinds.any(0))
+        return cls(valid, kinds, behind, (rows, row_valid), (sent(rows, device), sent(row_valid, device)))
+
+
+@dataclass(frozen=True)
+class Glance:
+    """A look at a prompt before the vision tower is in the device's queue: later, the host would wait for the tower.
+
+    `kinds` bool [kinds, B, L]: the places of pictures and of videos; `mask`: the caller's, [B, S + L], None if there is
+    none; `kinds_on_host`, `mask_on_host`: the same on the CPU.
+    """
+
+    kinds: Tensor
+    mask: Tensor | None
+    kinds_on_host: Tensor
+    mask_on_host: Tensor | None
+
+    @classmethod
+    def at(cls, kinds: Tensor, mask: Tensor | None) -> Glance:
+        """Look now."""
+        return cls(kinds, mask, kinds.cpu(), None if mask is None else mask.cpu())
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What follows if the decoder is given the same mask."""
+        return Facts.of(self.kinds_on_host, self.mask_on_host, self.kinds.device)
+
+    def facts_with(self, mask: Tensor | None) -> Facts:
+        """What follows with the mask that the decoder is given; another one is read from the device."""
+        if mask is self.mask:
+            return self.facts
+        return Facts.of(self.kinds_on_host, None if mask is None else mask.cpu(), self.kinds.device)
 
 
 def with_cache(anatomy: Anatomy, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -72,41 +129,56 @@ def callers_mask(kwargs: dict[str, Any], given_to_model: Tensor | None) -> Any:
 def read_prefill(
     anatomy: Anatomy,
     kwargs: dict[str, Any],
-    kinds: Tensor,
+    glance: Glance,
     tower: Sequence[TowerImage],
     evidence: Sequence[Any] | None,
 ) -> Prefill:
-    """Describe the prefill that the decoder is about to run with `kwargs`; `kinds` bool [kinds, B, L].
+    """Describe the prefill that the decoder is about to run with `kwargs`.
 
     Raises:
         VPruneError: a mask that is not [batch, length], or visual tokens that are no whole images.
     """
     inputs, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), cache_in(kwargs)
-    batch, length, _ = inputs.shape
-    valid = new_rows_valid(mask, length, inputs.device)
+    (batch, length, _), device = inputs.shape, inputs.device
+    valid = new_rows_valid(mask, length, device)
     if valid is None:
-        valid = torch.ones((batch, length), dtype=torch.bool, device=inputs.device)
-    kinds = kinds.to(inputs.device) & valid
+        valid = torch.ones((batch, length), dtype=torch.bool, device=device)
+    facts = glance.facts_with(mask)
     positions = kwargs.get("position_ids")
     if positions is None:
         seen = int(cache.get_seq_length()) if cache is not None else 0
-        positions = torch.arange(seen, seen + length, device=inputs.device)[None]
+        positions = torch.arange(seen, seen + length, device=device)[None]
     stored = stored_length(cache)
     newlines = newline_places(anatomy, inputs)
+    images = visual_layout(anatomy, list(facts.kinds), tower, None if newlines is None else newlines.cpu())
     return Prefill(
         anatomy=anatomy,
         hidden=inputs,
         positions=positions,
         valid=valid,
-        visual=kinds.any(0),
-        images=visual_layout(anatomy, list(kinds.cpu()), tower, None if newlines is None else newlines.cpu()),
+        visual=(glance.kinds.to(device) & valid).any(0),
+        images=_sent(images, facts.behind, device),
         tower=list(tower),
         evidence=evidence,
         cache=cache,
         stored=stored,
         past=_past_rows(cache, mask, stored),
         deepstack=len(kwargs.get("deepstack_visual_embeds") or ()),
+        counts=tuple(facts.valid.sum(-1).tolist()),
+        instruction=facts.instruction,
+        instruction_sent=facts.instruction_sent,
     )
+
+
+def _sent(images: Sequence[VisualTokens], behind: Tensor, device: torch.device) -> list[VisualTokens]:
+    """The images with their columns on the device, sent there together; `behind` as in `Facts`."""
+    if not images:
+        return []
+    all_columns, sizes = torch.cat([one.columns for one in images]), [len(one) for one in images]
+    last = all_columns[torch.tensor(sizes).cumsum(0) - 1]
+    after: list[int] = behind[torch.tensor([image.sample for image in images]), last].tolist()
+    columns = torch.split(sent(all_columns, device), sizes)
+    return [replace(image, columns=own, after=more) for image, own, more in zip(images, columns, after, strict=True)]
 
 
 def _past_rows(cache: Any, mask: Any, stored: int) -> StoredRows:

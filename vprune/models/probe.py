@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from inspect import signature
 from typing import Any, NoReturn
 
@@ -75,11 +76,48 @@ def capture(attention: nn.Module, *args: Any, **kwargs: Any) -> Captured:
     )
 
 
-def layer_attention(prefill: Prefill, layer: int) -> Captured:
+@contextmanager
+def _asked_for(attention: nn.Module, rows: Tensor, length: int) -> Iterator[None]:
+    """Within the block, queries of some rows only, LongTensor [B, R] of `length`, are computed (zeros elsewhere).
+
+    And no values. Attention that does not project queries, keys and values each by itself is left as it is.
+    """
+    queries, _, values = parts = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+    if rows.shape[1] >= length or not all(isinstance(part, nn.Module) for part in parts):
+        yield
+        return
+    assert queries is not None and values is not None
+
+    def index(hidden: Tensor) -> Tensor:
+        return rows.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
+
+    def few(module: nn.Module, args: Any) -> Any:
+        return (args[0].gather(1, index(args[0])),)
+
+    def spread(module: nn.Module, args: Any, made: Tensor) -> Tensor:
+        return made.new_zeros((made.shape[0], length, made.shape[-1])).scatter_(1, index(made), made)
+
+    def one(module: nn.Module, args: Any) -> Any:
+        return (args[0][:, :1],)
+
+    def repeated(module: nn.Module, args: Any, made: Tensor) -> Tensor:
+        return made.expand(-1, length, -1)
+
+    handles = [queries.register_forward_pre_hook(few), queries.register_forward_hook(spread)]
+    handles += [values.register_forward_pre_hook(one), values.register_forward_hook(repeated)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def layer_attention(prefill: Prefill, layer: int, rows: Tensor | None = None) -> Captured:
     """Queries and keys of decoder layer `layer` over the prompt as it stands (keys of earlier turns first).
 
-    The layer that comes next costs one norm and two projections; a later one runs those before it, always with the same
-    attention implementation, so that the result does not depend on the model's own.
+    `rows` LongTensor [B, R]: the columns whose queries are wanted, in that order; None = all. The layer that comes next
+    costs one norm and two projections; a later one runs those before it, always with the same attention implementation,
+    so that the result does not depend on the model's own.
 
     Raises:
         VPruneError: the decoder has no such layer.
@@ -113,15 +151,19 @@ def layer_attention(prefill: Prefill, layer: int) -> Captured:
                         **cache_for(module, past),
                     )
                     hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        caught = capture(
-            chosen.self_attn,
-            hidden_states=chosen.input_layernorm(hidden),
-            position_embeddings=rope,
-            attention_mask=None,
-            **cache_for(chosen.self_attn, past),
-        )
+        with nullcontext() if rows is None else _asked_for(chosen.self_attn, rows, hidden.shape[1]):
+            caught = capture(
+                chosen.self_attn,
+                hidden_states=chosen.input_layernorm(hidden),
+                position_embeddings=rope,
+                attention_mask=None,
+                **cache_for(chosen.self_attn, past),
+            )
         device = prefill.hidden.device  # the layer may lie on another one
-        return Captured(caught.query.to(device), caught.key.to(device), caught.scale)
+        query = caught.query.to(device)
+        if rows is not None:
+            query = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+        return Captured(query, caught.key.to(device), caught.scale)
 
 
 def rotations(decoder: Any, layer: int, below: bool, hidden: Tensor, positions: Tensor) -> Any:
@@ -130,7 +172,7 @@ def rotations(decoder: Any, layer: int, below: bool, hidden: Tensor, positions: 
     Raises:
         VPruneError: they do, and layers `below` would have to run first.
     """
-    if "layer_type" not in signature(decoder.rotary_emb.forward).parameters:
+    if not _rotates_by_kind(type(decoder.rotary_emb).forward):
         return decoder.rotary_emb(hidden, positions)
     if below:
         raise VPruneError(
@@ -139,9 +181,20 @@ def rotations(decoder: Any, layer: int, below: bool, hidden: Tensor, positions: 
     return decoder.rotary_emb(hidden, positions, decoder.config.layer_types[layer])
 
 
+@cache
+def _rotates_by_kind(forward: Callable[..., Any]) -> bool:
+    return "layer_type" in signature(forward).parameters
+
+
 def rotary_positions(positions: Tensor) -> Tensor:
     """The rows of position ids that rotate: `generate` puts those of the text, for masks, before M-RoPE's three."""
     return positions[1:] if positions.ndim == 3 and positions.shape[0] == 4 else positions
+
+
+def keys_valid(prefill: Prefill) -> Tensor | None:
+    """`stored_and_new_valid`, None when all are."""
+    whole = prefill.past.valid is None and min(prefill.counts, default=0) == prefill.valid.shape[1]
+    return None if whole else stored_and_new_valid(prefill)
 
 
 def stored_and_new_valid(prefill: Prefill) -> Tensor:

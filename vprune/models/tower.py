@@ -146,11 +146,10 @@ class TowerWatch:
         measured: Sequence[Tensor | None] = [None] * len(pixels)
         if self.entropy is not None:
             kind: Any = tower.config
-            measured = list(self.entropy(pixels, patch * side, str(kind.model_type)).cpu())
+            measured = list(self.entropy(pixels, patch * side, str(kind.model_type)))
+        grid, call = (1, *merged_grid(self.anatomy.config, h, w)), self._next_call()
         return [
-            TowerImage(
-                (1, *merged_grid(self.anatomy.config, h, w)), fingerprint, entropy=entropy, call=self._next_call()
-            )
+            TowerImage(grid, fingerprint, entropy=entropy, call=call)
             for fingerprint, entropy in zip(prints, measured, strict=True)
         ]
 
@@ -212,7 +211,7 @@ class TowerWatch:
         side = self._side
         patches = h * w * side * side
         measure = received_by_patches if self.attention is None else self.attention
-        received = measure(caught, patches).float().cpu()
+        received = measure(caught, patches).float()
         tokens = received.view(-1, h, side, w, side).mean((2, 4)).flatten(1)
         for image, row in zip(self._fresh, tokens, strict=True):
             image.received = row

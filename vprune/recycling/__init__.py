@@ -5,22 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from vprune.errors import VPruneError
 from vprune.records import Grid, Selection
 from vprune.recycling.absorb import Absorption, settle, spread_anchors
 from vprune.recycling.cells import means_in_place, merge_cells, pool_cells, representatives, reserved_cells
-from vprune.recycling.rows import keep_only
-from vprune.selection import cell_of_token
+from vprune.recycling.rows import numbers_like
+from vprune.selection import Ranking, cell_of_token
 
 __all__ = [
     "OWN_ROWS",
     "RECYCLERS",
     "Absorption",
     "Recycler",
-    "keep_only",
     "means_in_place",
     "merge_cells",
     "pool_cells",
@@ -78,46 +76,44 @@ class Recycler:
 
     def plan(
         self,
-        order: Tensor,
+        order: Tensor | Ranking,
         grid: Grid,
         budget: int,
         importance: Tensor | None = None,
         standing: Selection | None = None,
         by_frame: bool = False,
     ) -> Selection | Absorption:
-        """Turn an order of keeping into `budget` rows: at once, or but for what `settle` looks up in the hidden rows.
+        """Turn an order of keeping into `budget` rows: at once, or but for what `settled` looks up in the hidden rows.
 
         Args:
-            order: LongTensor [N], the tokens that stand, best first.
+            order: LongTensor [N], the tokens that stand, best first; or a ranking of them, of I images alike, too.
             grid: (t, h, w) of the image.
             budget: rows in all. With room for one only, the rest is dropped unless it joins what is kept.
             importance: float32 [N], None = all alike.
             standing: what an earlier stage left of the grid.
             by_frame: every frame gets as many anchors.
         """
-        sizes = None if standing is None else standing.sizes
-        if self.kind != "none" and budget < order.numel():
-            if self.kind == "nearest":
-                kept = order[:budget].sort().values
-                return Absorption(grid, order[:0], kept, _places(order, standing), self.distance, sizes)
-            cells = reserved_cells(grid, budget, self.cells)
-            if self.kind != "anchors" and cells is not None:
-                cell = cell_of_token(grid, cells)[_places(order, standing)]
-                weighted = importance if self.kind == "weighted" else None
-                return merge_cells(order, cell, budget, math.prod(cells), sizes, weighted)
-            anchors = self.anchors_of(budget, grid[0] if by_frame else 1)
-            if self.kind == "anchors" and anchors:
-                places, pure = _places(order, standing), budget - anchors
-                chosen = spread_anchors(order, pure, anchors, places, grid, by_frame)
-                return Absorption(grid, order[:pure].sort().values, chosen, places, self.distance, sizes)
-        return keep_only(order, budget, standing)
+        ranking = order if isinstance(order, Ranking) else Ranking.of(order)
+        tokens, sizes = ranking.shape[-1], None if standing is None else standing.sizes
+        if self.kind == "none" or budget >= tokens:
+            return Selection.pure(ranking.first(min(budget, tokens)), tokens, sizes)
+        places = numbers_like(ranking.ties.expand(ranking.shape)) if standing is None else standing.kept
+        if self.kind == "nearest":
+            kept = ranking.first(budget)
+            return Absorption(grid, kept[..., :0], kept, places, self.distance, sizes)
+        cells = reserved_cells(grid, budget, self.cells)
+        if self.kind in ("grid", "weighted") and cells is not None:
+            cell = cell_of_token(grid, cells, places.device)[places]
+            weighted = importance.to(places.device) if importance is not None and self.kind == "weighted" else None
+            return merge_cells(ranking, cell, budget, math.prod(cells), sizes, weighted)
+        anchors = self.anchors_of(budget, grid[0] if by_frame else 1)
+        if self.kind == "anchors" and anchors:
+            pure = ranking.first(budget - anchors)
+            chosen = spread_anchors(pure, anchors, places, grid, by_frame)
+            return Absorption(grid, pure, chosen, places, self.distance, sizes)
+        return Selection.pure(ranking.first(budget), tokens, sizes)
 
     def anchors_of(self, budget: int, frames: int = 1) -> int:
         """How many rows of a budget are anchors, the same number in each of so many frames; 0 = no room."""
         each = budget // frames
         return 0 if each < 2 else frames * max(1, math.floor(each * self.share + 1e-9))
-
-
-def _places(order: Tensor, standing: Selection | None) -> Tensor:
-    """Where the tokens that stand lie on the grid, LongTensor [N]."""
-    return torch.arange(order.numel()) if standing is None else standing.kept

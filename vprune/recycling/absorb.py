@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from vprune.records import Grid, Prefill, Selection
+from vprune.models.aside import sent
+from vprune.records import Grid, Prefill, Selection, together
 from vprune.recycling.rows import lay_out
-from vprune.selection import frame_by_frame, spread_order
+from vprune.selection import Ranking, frame_by_frame, spread_order, spread_ranks
 
 _ROWS_AT_ONCE = 4096  # bounds the similarities at hand to 4096 x anchors, whatever the length of a video
 
@@ -22,7 +24,7 @@ class Absorption:
     `pure` LongTensor [P]: tokens that stay as they are; `anchors` LongTensor [A]: those that absorb the rest; `places`
     LongTensor [N]: where every token that stands lies on the grid (t, h, w). Token i joins the anchor a of the largest
     cos(x_i, x_a) - distance * d(i, a), x its row of the decoder's input, d their distance as a share of the grid's
-    sides. `sizes` as in `Selection.grouped`.
+    sides. `sizes` as in `Selection.grouped`. Images alike may share one, [I, P], [I, A] and [I, N].
     """
 
     grid: Grid
@@ -32,89 +34,87 @@ class Absorption:
     distance: float
     sizes: Tensor | None = None
 
-    @property
-    def rest(self) -> Tensor:
-        """The tokens that are neither pure nor anchors, ascending."""
-        left = torch.ones(self.places.numel(), dtype=torch.bool)
-        left[self.pure] = False
-        left[self.anchors] = False
-        return left.nonzero().squeeze(-1)
+    def to(self, device: torch.device) -> Absorption:
+        """The same on another device."""
+        sizes = None if self.sizes is None else sent(self.sizes, device)
+        pure, anchors, places = (sent(part, device) for part in (self.pure, self.anchors, self.places))
+        return replace(self, pure=pure, anchors=anchors, places=places, sizes=sizes)
 
-    def settled(self, joins: Tensor) -> Selection:
-        """The selection, once the number of the anchor that each of `rest` joins is known."""
-        group = torch.full_like(self.places, -1)
-        group[self.anchors] = torch.arange(self.anchors.numel())
-        group[self.rest] = joins
-        return lay_out(self.pure, group, self.anchors, self.sizes)
+    def settled(self, rows: Tensor) -> Selection:
+        """The selection, looked up in the rows of all tokens that stand, [N, D] or [I, N, D]."""
+        where = coordinates(self.grid, self.places.device)[self.places]
+        anchors, there = (_taken(one, self.anchors) for one in (rows, where))
+        found = []
+        for part in (slice(first, first + _ROWS_AT_ONCE) for first in range(0, rows.shape[-2], _ROWS_AT_ONCE)):
+            apart = (where[..., part, None, :] - there[..., None, :, :]).square().sum(-1).sqrt()
+            found.append(nearest_anchor(rows[..., part, :], anchors, self.distance * apart))
+        stay = torch.cat([self.pure, self.anchors], -1)
+        leader = self.anchors.gather(-1, torch.cat(found, -1)).scatter_(-1, stay, stay)
+        return lay_out(leader, stay.shape[-1], self.sizes)
+
+
+def _taken(rows: Tensor, index: Tensor) -> Tensor:
+    """Some of the rows [..., N, D], by LongTensor [..., K]."""
+    return rows.gather(-2, index[..., None].expand(*index.shape, rows.shape[-1]))
 
 
 def nearest_anchor(rows: Tensor, anchors: Tensor, apart: Tensor) -> Tensor:
-    """The number of the most similar of `anchors` [A, D] for each of `rows` [R, D], LongTensor [R].
+    """The number of the most similar of `anchors` [A, D] for each of `rows` [R, D], LongTensor [R]; or [I, ...].
 
     argmax_a cos(rows_r, anchors_a) - apart_ra, the first among equals, in float32 (float64 for float64 rows).
     """
     exact = torch.promote_types(rows.dtype, torch.float32)
-    with torch.autocast(rows.device.type, enabled=False):
-        likeness = _unit(rows.to(exact)) @ _unit(anchors.to(exact)).T
-        joins: Tensor = (likeness - apart.to(exact)).argmax(-1)
+    tiny = torch.finfo(exact).tiny
+    lengths, theirs = (
+        torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=exact).clamp(min=tiny) for part in (rows, anchors)
+    )
+    likeness = _products(rows, anchors, exact) / lengths / theirs.transpose(-1, -2)
+    joins: Tensor = (likeness - apart.to(exact)).argmax(-1)
     return joins
 
 
-def _unit(rows: Tensor) -> Tensor:
-    length: Tensor = rows.norm(dim=-1, keepdim=True)
-    return rows / length.clamp(min=torch.finfo(rows.dtype).tiny)
+def _products(rows: Tensor, anchors: Tensor, exact: torch.dtype) -> Tensor:
+    """Dot products of rows and anchors, [R, A] or [I, R, A]; image by image: a batch decides as its images alone do."""
+    if rows.ndim == 3:
+        return together([_products(*one, exact) for one in zip(rows, anchors, strict=True)])
+    if rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16):
+        # Products of half-precision numbers are exact in float32: there is no need to write the rows out in it.
+        return torch.mm(rows, anchors.T, out_dtype=torch.float32)
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows.to(exact) @ anchors.to(exact).T
 
 
-def spread_anchors(order: Tensor, pure: int, count: int, places: Tensor, grid: Grid, by_frame: bool) -> Tensor:
-    """`count` tokens (LongTensor, ascending) that lie evenly over the grid, none of the first `pure` of `order`."""
-    spread = spread_order(grid)
-    if by_frame:
-        spread = frame_by_frame(spread, grid)
-    token = torch.full_like(spread, -1)
-    token[places] = torch.arange(places.numel())
-    token[places[order[:pure]]] = -1
-    left = token[spread]
-    return left[left >= 0][:count].sort().values
+def spread_anchors(pure: Tensor, count: int, places: Tensor, grid: Grid, by_frame: bool) -> Tensor:
+    """`count` tokens (LongTensor, ascending) that lie evenly over the grid, none of them among `pure`."""
+    ranks = (framed_ranks if by_frame else spread_ranks)(grid, places.device)
+    ranking = Ranking(ranks.expand(*places.shape[:-1], -1))
+    if places.shape[-1] < ranks.shape[0]:  # an earlier stage has left some tokens only
+        ranking = ranking.of_those(places)
+    left = torch.ones_like(places, dtype=torch.bool).scatter_(-1, pure, False)
+    return ranking.first(count, left)
+
+
+@lru_cache(maxsize=64)
+def framed_ranks(grid: Grid, device: torch.device) -> Tensor:
+    """`spread_ranks` with the frames taking turns."""
+    return frame_by_frame(spread_order(grid), grid).argsort().to(device)
 
 
 def settle(plans: Sequence[Selection | Absorption], prefill: Prefill) -> list[Selection]:
-    """Look up who joins whom in the hidden rows; one transfer to the device and one back, for all images together."""
-    waiting = [(number, plan) for number, plan in enumerate(plans) if isinstance(plan, Absorption)]
-    if not waiting:
-        return [plan for plan in plans if isinstance(plan, Selection)]
-    columns, places, counts = [], [], []
-    for number, plan in waiting:
-        members = torch.cat([plan.rest, plan.anchors])
-        columns.append(prefill.images[number].columns[members])
-        places.append(plan.places[members])
-        counts.append(members.numel())
-    sent = torch.stack([torch.cat(columns), torch.cat(places)]).to(prefill.hidden.device)
-    found = []
-    for (number, plan), part in zip(waiting, torch.split(sent, counts, 1), strict=True):
-        found.append(_joins(plan, prefill.hidden[prefill.images[number].sample], part))
-    told = torch.split(torch.cat(found).cpu(), [one.numel() for one in found])
-    settled = {number: plan.settled(joins) for (number, plan), joins in zip(waiting, told, strict=True)}
-    return [settled[number] if isinstance(plan, Absorption) else plan for number, plan in enumerate(plans)]
+    """Look up who joins whom in the hidden rows; each selection comes back on the device of its plan."""
+    settled = []
+    for image, plan in zip(prefill.images, plans, strict=True):
+        if isinstance(plan, Absorption):
+            hidden = prefill.hidden
+            rows = hidden[image.sample, image.columns.to(hidden.device)]
+            settled.append(plan.to(hidden.device).settled(rows).to(plan.pure.device))
+        else:
+            settled.append(plan)
+    return settled
 
 
-def _joins(plan: Absorption, hidden: Tensor, sent: Tensor) -> Tensor:
-    """The anchor that each of `plan.rest` joins; `sent` [2, R + A]: columns in `hidden` [L, D] and places on the grid.
-
-    One image at a time, in blocks that depend on nothing else, so that a batch decides as its images alone do.
-    """
-    rows, count = hidden[sent[0]], plan.anchors.numel()
-    where = coordinates(sent[1], plan.grid)
-    rest, anchors = rows[:-count], rows[-count:]
-    found = []
-    for start in range(0, rest.shape[0], _ROWS_AT_ONCE):
-        part = slice(start, min(start + _ROWS_AT_ONCE, rest.shape[0]))
-        apart = (where[:-count][part, None] - where[-count:]).square().sum(-1).sqrt()
-        found.append(nearest_anchor(rest[part], anchors, plan.distance * apart))
-    return torch.cat(found)
-
-
-def coordinates(places: Tensor, grid: Grid) -> Tensor:
-    """Places on the grid [N] -> float32 [N, 3], each axis from 0 to 1."""
-    _, h, w = grid
-    parts = (places // (h * w), places // w % h, places % w)
-    return torch.stack([part / max(size - 1, 1) for part, size in zip(parts, grid, strict=True)], -1)
+@lru_cache(maxsize=64)
+def coordinates(grid: Grid, device: torch.device) -> Tensor:
+    """Where the tokens lie on the grid, float32 [N, 3], each axis from 0 to 1, on a device once and for all."""
+    axes = (torch.arange(size) / max(size - 1, 1) for size in grid)
+    return torch.cartesian_prod(*axes).view(-1, 3).to(device)

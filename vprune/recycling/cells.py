@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from vprune.records import Grid, Selection
-from vprune.recycling.rows import foremost, lay_out, medians
-from vprune.selection import budget_cells, cell_of_token
+from vprune.recycling.rows import foremost, lay_out, medians, numbers_like
+from vprune.selection import Ranking, budget_cells, cell_of_token
 
 
 def reserved_cells(grid: Grid, budget: int, cells: int) -> Grid | None:
@@ -24,14 +25,14 @@ def reserved_cells(grid: Grid, budget: int, cells: int) -> Grid | None:
 
 
 def merge_cells(
-    order: Tensor,
+    ranking: Ranking,
     cell: Tensor,
     budget: int,
     count: int,
     sizes: Tensor | None = None,
     importance: Tensor | None = None,
 ) -> Selection:
-    """Keep the first tokens of `order` pure; the others become the mean of their cell.
+    """Keep the first tokens of a ranking [N] pure; the others become the mean of their cell.
 
     The row stands where the cell's median pruned token stood, and is the plain mean; with `importance` (float32 [N]) it
     is the importance-weighted mean and stands where the most important of them stood. The rows are `budget` in all: a
@@ -39,19 +40,17 @@ def merge_cells(
 
     `cell` LongTensor [N]: which of `count` cells each token lies in; `sizes` as in `Selection.grouped`.
     """
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(order.numel())
+    rank, cell = ranking.ranks, cell.expand(ranking.shape)
     # A cell still needs a row after m tokens were kept if its last token ranks at m or later. With one more kept, at
     # most one cell less needs a row, so the first m that fills the budget fills it exactly.
-    last = torch.full((count,), -1, dtype=torch.long).scatter_reduce(0, cell, rank, "amax")
-    tried = torch.arange(budget - count, budget + 1)
-    rows = tried + (last >= tried[:, None]).sum(1)
-    kept_pure = int(tried[rows >= budget][0])
-    pure, needed = order[:kept_pure], last >= kept_pure
-    group = torch.where(rank >= kept_pure, (needed.cumsum(0) - 1)[cell], -1)
-    groups = budget - kept_pure
-    places = medians(group, groups) if importance is None else foremost(group, groups, order)
-    return lay_out(pure, group, places, sizes, importance)
+    last = rank.new_full((*rank.shape[:-1], count), -1).scatter_reduce_(-1, cell, rank, "amax")
+    tried = torch.arange(budget - count, budget + 1, device=rank.device)
+    rows = tried + (last[..., None, :] >= tried[:, None]).sum(-1)
+    kept_pure = budget - count + (rows < budget).sum(-1, keepdim=True)
+    pure = rank < kept_pure
+    group = torch.where(pure, count, cell)
+    places = medians(group, count) if importance is None else foremost(group, count, rank)
+    return lay_out(torch.where(pure, numbers_like(rank), places.gather(-1, cell)), budget, sizes, importance)
 
 
 def pool_cells(grid: Grid, budget: int, standing: Selection | None = None) -> Selection:
@@ -66,7 +65,8 @@ def pool_cells(grid: Grid, budget: int, standing: Selection | None = None) -> Se
 
 def means_in_place(cell: Tensor, sizes: Tensor | None = None) -> Selection:
     """One row per cell (LongTensor [N], the cell of each token), the mean of its tokens, where the middle one stood."""
-    return lay_out(cell[:0], cell, medians(cell, int(cell.max()) + 1), sizes)
+    count = int(cell.max()) + 1
+    return lay_out(medians(cell, count)[cell], count, sizes)
 
 
 def representatives(cell: Tensor) -> Selection:
@@ -74,4 +74,4 @@ def representatives(cell: Tensor) -> Selection:
     merged = means_in_place(cell)
     weights = torch.zeros_like(merged.weights)
     weights[merged.kept] = 1.0
-    return Selection(merged.kept, merged.source, weights, merged.sizes)
+    return replace(merged, shares=weights)

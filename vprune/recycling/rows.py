@@ -8,47 +8,47 @@ from torch import Tensor
 from vprune.records import Selection
 
 
-def keep_only(order: Tensor, budget: int, standing: Selection | None = None) -> Selection:
-    """Keep the first `budget` of `order` (LongTensor [N]) and drop the rest."""
-    kept = Selection.pure(order[:budget].sort().values, order.numel())
-    if standing is None:
-        return kept
-    return Selection(kept.kept, kept.source, kept.weights, standing.sizes[kept.kept])
+def numbers_like(tokens: Tensor) -> Tensor:
+    """The numbers 0..N-1 of tokens [..., N], LongTensor of that shape."""
+    return torch.arange(tokens.shape[-1], device=tokens.device).expand_as(tokens)
 
 
-def lay_out(
-    pure: Tensor, group: Tensor, places: Tensor, sizes: Tensor | None = None, shares: Tensor | None = None
-) -> Selection:
-    """Rows that are a token each, and rows that are the mean of a group of tokens.
+def lay_out(leader: Tensor, rows: int, sizes: Tensor | None = None, shares: Tensor | None = None) -> Selection:
+    """Rows that are the mean of a group of tokens, or a token alone; nothing is dropped.
 
     Args:
-        pure: LongTensor [P], tokens that stay as they are.
-        group: LongTensor [N], the number (0..G-1) of the group that each token belongs to, -1 = none.
-        places: LongTensor [G], the token where each group's row stands.
+        leader: LongTensor [N], for every token the one at which its row stands, itself where it leads.
+        rows: how many tokens lead.
         sizes: LongTensor [N], how many tokens each stands for already, None = itself.
         shares: [N], what each counts in its mean, None = the same; see `Selection.grouped`.
     """
-    kept, place = torch.cat([pure, places]).sort()
-    row = torch.empty_like(place)
-    row[place] = torch.arange(place.numel())
-    source = torch.full_like(group, -1)
-    source[pure] = row[: pure.numel()]
-    members = (group >= 0).nonzero().squeeze(-1)
-    source[members] = row[pure.numel() :][group[members]]
-    return Selection.grouped(kept, source, sizes, shares)
+    token = numbers_like(leader)
+    leads = leader == token
+    row = leads.cumsum(-1) - 1
+    # Tokens that lead no row go to a place of their own behind the last one, which is cut off again.
+    kept = torch.empty_like(leader).scatter_(-1, torch.where(leads, row, rows), token)[..., :rows]
+    return Selection.grouped(kept, row.gather(-1, leader), sizes, shares)
 
 
 def medians(group: Tensor, count: int) -> Tensor:
-    """The middle token of each of `count` groups, LongTensor [count]; `group` as in `lay_out`, none of them empty."""
-    members = group.argsort(stable=True)
-    lengths = torch.bincount(group + 1, minlength=count + 1)  # the first of them: tokens of no group
-    first = lengths.cumsum(0) - lengths
-    return members[(first + (lengths - 1) // 2)[1:]]
+    """The middle token of each of `count` groups, LongTensor [count]; that of an empty group is any.
+
+    `group` LongTensor [N]: the number of the group that each token belongs to, `count` = none.
+    """
+    members = group.argsort(dim=-1, stable=True)
+    lengths = _counts(group, count)
+    first = lengths.cumsum(-1) - lengths
+    middle = (first + (lengths - 1).clamp(min=0) // 2).clamp(max=group.shape[-1] - 1)
+    return members.gather(-1, middle)
 
 
-def foremost(group: Tensor, count: int, order: Tensor) -> Tensor:
-    """The token of each of `count` groups that comes first in `order` (LongTensor [N]), LongTensor [count]."""
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(order.numel())
-    best = torch.full((count + 1,), order.numel(), dtype=torch.long).scatter_reduce(0, group + 1, rank, "amin")
-    return order[best[1:]]
+def foremost(group: Tensor, count: int, rank: Tensor) -> Tensor:
+    """The token of each of `count` groups of the lowest `rank` (LongTensor [N], a permutation); as in `medians`."""
+    tokens = group.shape[-1]
+    best = rank.new_full((*group.shape[:-1], count + 1), tokens - 1).scatter_reduce_(-1, group, rank, "amin")
+    return rank.argsort(dim=-1).gather(-1, best[..., :count])
+
+
+def _counts(group: Tensor, count: int) -> Tensor:
+    empty = group.new_zeros((*group.shape[:-1], count + 1))
+    return empty.scatter_add_(-1, group, torch.ones_like(group))[..., :count]

@@ -10,7 +10,7 @@ from vprune.records import Prefill
 
 
 class Scorer(Protocol):
-    """Gives every image of a prefill an importance map, float32 [N] on the CPU, raster order."""
+    """Gives every image of a prefill an importance map, float32 [N], raster order; on any device."""
 
     @property
     def needs_evidence(self) -> bool:

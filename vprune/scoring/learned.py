@@ -13,10 +13,10 @@ from torch import Tensor
 
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy
+from vprune.models.aside import sent
 from vprune.models.probe import layer_attention, past_bias, stored_and_new_valid
-from vprune.records import Grid, Prefill, VisualTokens
+from vprune.records import Grid, Prefill, VisualTokens, instruction_rows, together
 from vprune.scoring.network import ScorerNetwork, attention_statistics, same_grid
-from vprune.scoring.text_attention import instruction_rows
 
 _SIGNATURE = 16  # numbers of the embedding table that tell one model from another of the same shape
 _ALIKE = 0.05  # how far they may differ, as a share of their size: rounding to 8 bits passes, other weights do not
@@ -86,26 +86,23 @@ class Learned:
         """Score all images of a prefill, those of one grid at once.
 
         Raises:
-            VPruneError: a sample without instruction tokens, attention that is no number, or `bound` was not called.
+            VPruneError: a sample without instruction tokens, or `bound` was not called; on a CPU, where a look costs no
+                waiting, also scores that are no numbers.
         """
         if not prefill.images:
             return []
         network = self.network
         if network is None:
             raise VPruneError("method=learned was not bound to a model: use it through vprune.prune(model, ...)")
-        network.to(prefill.hidden.device)
+        if next(network.parameters()).device != prefill.hidden.device:
+            network.to(prefill.hidden.device)
         features = read_features(prefill, network.config.layer)
         maps: dict[int, Tensor] = {}
         for grid, numbers in same_grid([image.grid for image in prefill.images]).items():
             scores = network(*features.of([prefill.images[n] for n in numbers], grid))
-            maps |= dict(zip(numbers, scores.softmax(-1).cpu(), strict=True))
-        for number, one in maps.items():
-            if not bool(one.isfinite().all()):
-                image = prefill.images[number]
-                raise VPruneError(
-                    f"sample {image.sample}, image {image.image}: {int((~one.isfinite()).sum())} of {one.numel()} "
-                    "scores are no numbers; is the model's attention (or the picture) finite?"
-                )
+            maps |= dict(zip(numbers, scores.softmax(-1), strict=True))
+        if not prefill.hidden.is_cuda:  # (a look at what a GPU is still working at would hold the decoder up)
+            _refuse_nonsense(prefill, maps)
         return [maps[number] for number in range(len(prefill.images))]
 
 
@@ -124,8 +121,8 @@ class Features:
     def of(self, images: Sequence[VisualTokens], grid: Grid) -> tuple[Tensor, Grid, Tensor, Tensor, Tensor]:
         """The arguments of `ScorerNetwork` for images of one grid."""
         device = self.hidden.device
-        sample = torch.tensor([image.sample for image in images], device=device)
-        columns = torch.stack([image.columns for image in images]).to(device)
+        sample = sent(torch.tensor([image.sample for image in images]), device)
+        columns = together([image.columns for image in images]).to(device)
         maps = self.attention[sample].gather(2, columns[:, None].expand(-1, self.attention.shape[1], -1))
         visual = self.hidden[sample[:, None], columns]
         return maps, grid, visual.float(), self.text[sample].float(), self.text_valid[sample]
@@ -142,13 +139,13 @@ def read_features(prefill: Prefill, layer: int, until: Tensor | None = None) -> 
     valid = prefill.valid
     if until is not None:
         valid = valid & (torch.arange(valid.shape[1], device=valid.device) < until[:, None])
-    rows, row_valid = instruction_rows(valid, prefill.visual)
-    _refuse_silence(prefill, rows, row_valid)
-    caught = layer_attention(prefill, layer)
+    rows, row_valid = prefill.instruction_on_device if until is None else instruction_rows(valid, prefill.visual)
+    _refuse_silence(prefill, None if until is None else rows[:, 0].tolist())
+    caught = layer_attention(prefill, layer, rows)
     batch, heads, _, width = caught.query.shape
     held = caught.key.shape[2]
     stored = held - valid.shape[1]
-    query = caught.query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, width)).float()
+    query = caught.query.float()
     bias = past_bias(prefill)
     key_valid = stored_and_new_valid(prefill)[:, -held:]
     key = caught.key.float().transpose(-1, -2)
@@ -174,13 +171,23 @@ def read_features(prefill: Prefill, layer: int, until: Tensor | None = None) -> 
     return Features(torch.cat(found), prefill.hidden, text, row_valid)
 
 
-def _refuse_silence(prefill: Prefill, rows: Tensor, row_valid: Tensor) -> None:
-    first = rows[:, 0].cpu()
+def _refuse_nonsense(prefill: Prefill, maps: Mapping[int, Tensor]) -> None:
+    for number, one in maps.items():
+        if not bool(one.isfinite().all()):
+            image = prefill.images[number]
+            raise VPruneError(
+                f"sample {image.sample}, image {image.image}: {int((~one.isfinite()).sum())} of {one.numel()} "
+                "scores are no numbers; is the model's attention (or the picture) finite?"
+            )
+
+
+def _refuse_silence(prefill: Prefill, first: Sequence[int] | None) -> None:
+    """`first`: the column of each sample's first instruction row, where the host cannot tell without it."""
     for image in prefill.images:
-        if int(first[image.sample]) <= int(image.columns[-1]):
+        if not image.after if first is None else first[image.sample] <= int(image.columns[-1]):
             raise VPruneError(
                 f"sample {image.sample} has no instruction tokens after its last image ({len(image)} visual tokens, "
-                f"{int(prefill.valid[image.sample].sum())} tokens in all): method=learned needs a question there; "
+                f"{prefill.counts[image.sample]} tokens in all): method=learned needs a question there; "
                 "put the text after the image, or choose a method that is blind to the question, such as vision"
             )
 

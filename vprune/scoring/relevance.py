@@ -62,8 +62,8 @@ class Relevance:
                 "layers; choose another method"
             )
         ids, answer, longer = answered(prefill, self.tokens)
-        told = relevance(prefill.anatomy, longer, ids, answer).cpu()
-        return [told[image.sample, image.columns] for image in prefill.images]
+        told = relevance(prefill.anatomy, longer, ids, answer)
+        return prefill.of_images(told)
 
 
 def relevance(anatomy: Anatomy, prefill: Prefill, ids: Tensor, answer: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def gate(scores: Tensor, rows: Tensor, grid: Grid, how: Budgeting) -> Gated:
     rank = torch.empty_like(spread).index_copy(0, spread, torch.arange(tokens, device=scores.device))
     places = (rank + tokens * hard.long()).topk(anchors, -1, largest=False).indices.sort(-1).values
     with torch.no_grad():
-        where = coordinates(torch.arange(tokens, device=scores.device), grid)
+        where = coordinates(grid, scores.device)
         unit = rows.float() / rows.float().norm(dim=-1, keepdim=True).clamp(min=1e-12)
         own = unit.gather(1, places[..., None].expand(-1, -1, unit.shape[-1]))
         apart = torch.cdist(where.expand(count, -1, -1), where[places])

@@ -109,7 +109,7 @@ def relevance_of_images(
         some = torch.tensor(rows, device=ids.device)
         told[rows] = relevance(prefill.anatomy, _rows(prefill, some), ids[some], batch.answer[some]).float().cpu()
         tell(len(rows), len(rows) * int(lengths[some].max()))
-    return {str(number): told[one.sample, one.columns].contiguous() for number, one in enumerate(prefill.images)}
+    return {str(number): told[one.sample, one.columns.cpu()].contiguous() for number, one in enumerate(prefill.images)}
 
 
 def _passes(lengths: Sequence[int], at_once: int) -> Iterator[list[int]]:
