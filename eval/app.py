@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 from vprune.errors import VPruneError
 
@@ -77,6 +78,7 @@ def _run(overrides: Sequence[str], sweep: bool) -> int:
     from transformers.utils import logging
 
     from vprune.eval.console import complain, failures, make_console, table
+    from vprune.eval.launching import launch, split_launcher
     from vprune.eval.run import carry_out, forget, plan
     from vprune.eval.settings import read_jobs
 
@@ -84,9 +86,21 @@ def _run(overrides: Sequence[str], sweep: bool) -> int:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     forget()
     console = make_console()
-    plans = [plan(job) for job in read_jobs(overrides, sweep)]
+    launcher, overrides = split_launcher(overrides)
+    if launcher and not sweep:
+        raise VPruneError(f"{launcher[0]} launches the runs of a sweep: add -m")
+    jobs = read_jobs(overrides, sweep)
+    plans = [plan(job) for job in jobs]
     runs = []
     mistakes = 0
+    if launcher:
+        wrong = launch(jobs, launcher)
+        for job, message in zip(jobs, wrong, strict=True):
+            if message is not None:
+                complain(f"{job.folder.name}: {message}")
+                mistakes += 1
+        # What is done is read from the folders, and never done again here.
+        plans = [plan(replace(job, overwrite=False)) for job, message in zip(jobs, wrong, strict=True) if not message]
     for number, planned in enumerate(plans, start=1):
         try:
             runs.append(carry_out(planned, console, f"{number}/{len(plans)}" if len(plans) > 1 else ""))

@@ -13,13 +13,24 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("vprune", "torch", "transformers", "tokenizers", "triton", "numpy", "pillow", "hydra-core", "pycocotools")
+PACKAGES = (
+    "vprune",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "triton",
+    "numpy",
+    "pillow",
+    "hydra-core",
+    "pycocotools",
+    "ray",
+)
 
 
 def describe(device: torch.device, dtype: str, model_revision: str | None) -> dict[str, Any]:
     """Everything needed to tell two runs' surroundings apart, as plain JSON values."""
     return {
-        "command": shlex.join([_program(), *sys.argv[1:]]),
+        "command": command(),
         "versions": {"python": platform.python_version(), **_versions()},
         "hardware": _hardware(device),
         "device": str(device),
@@ -27,6 +38,11 @@ def describe(device: torch.device, dtype: str, model_revision: str | None) -> di
         "model_revision": model_revision,
         "git_commit": _git_commit(),
     }
+
+
+def command() -> str:
+    """The command line of this process."""
+    return shlex.join([_program(), *sys.argv[1:]])
 
 
 def _program() -> str:

@@ -140,6 +140,12 @@ def image_token_id(model: Any) -> int:
     raise VPruneError(f"{type(model).__name__} states no image_token_id, so its visual tokens cannot be counted")
 
 
+def visual_token_ids(model: Any) -> list[int]:
+    """The ids that stand for visual tokens in the prompt: an image's, and a video's where the model has one."""
+    video = [getattr(model.config, key, None) for key in ("video_token_id", "video_token_index")]
+    return [image_token_id(model), *(int(value) for value in video if value is not None)]
+
+
 def _check(choice: ModelChoice, processor: Any) -> None:
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
         raise VPruneError(

@@ -19,7 +19,7 @@ from PIL import Image
 
 from vprune.errors import VPruneError
 from vprune.eval.benchmarks.sample import Benchmark, Sample
-from vprune.eval.models import LoadedModel, image_token_id
+from vprune.eval.models import LoadedModel, visual_token_ids
 
 _GREY = (128, 128, 128)
 
@@ -51,7 +51,8 @@ def _no_seconds() -> dict[str, float]:
 class Predictor:
     """Answers batches of samples with one model, greedily.
 
-    `pruning` is an attached `vprune.Pruning`, or None for the model as it is; `blank` replaces each image by grey.
+    `pruning` is an attached `vprune.Pruning`, or None for the model as it is; `blank` replaces each image by grey;
+    `one_of_many` says that other predictors answer the same run, so that this one's first batch is not the run's.
     """
 
     loaded: LoadedModel
@@ -60,13 +61,14 @@ class Predictor:
     pruning: Any = None
     wants_evidence: bool = False
     blank: bool = False
+    one_of_many: bool = False
     seconds: dict[str, float] = field(default_factory=_no_seconds)
 
     def __post_init__(self) -> None:
         self._since = time.perf_counter()
-        self._answered = False
+        self._answered = self.one_of_many
         self._thread = threading.local()
-        self._image_token = image_token_id(self.loaded.model)
+        self._visual_tokens = torch.tensor(visual_token_ids(self.loaded.model))
         self._generation = copy.deepcopy(self.loaded.model.generation_config)
         self._generation.update(
             do_sample=False,
@@ -112,14 +114,17 @@ class Predictor:
         if not hasattr(self._thread, "processor"):  # a fast tokenizer cannot pad in two threads at once
             self._thread.processor = copy.deepcopy(self.loaded.processor)
         processor = self._thread.processor
-        images = [self._image(sample) for sample in samples]
+        medium = "video" if self.benchmark.has_video else "image"
+        pictures = [self._video(sample) if medium == "video" else self._image(sample) for sample in samples]
         prompts = [
             processor.apply_chat_template(
-                _message(self.benchmark.prompt(sample)), add_generation_prompt=True, tokenize=False
+                _message(self.benchmark.prompt(sample), medium), add_generation_prompt=True, tokenize=False
             )
             for sample in samples
         ]
-        inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
+        given: dict[str, Any] = {f"{medium}s": pictures}
+        given |= {"do_sample_frames": False} if medium == "video" else {}  # the benchmark has chosen them
+        inputs = processor(**given, text=prompts, padding=True, return_tensors="pt")
         evidence = [self.benchmark.evidence_mask(sample) for sample in samples] if self.wants_evidence else None
         return Prepared(samples, inputs, evidence)
 
@@ -142,7 +147,8 @@ class Predictor:
     def _count(self, prepared: Prepared) -> tuple[list[int], list[int]]:
         """Visual tokens of each sample before and after pruning."""
         if self.pruning is None:
-            counts = (prepared.inputs["input_ids"] == self._image_token).sum(-1).tolist()
+            ids = prepared.inputs["input_ids"]
+            counts = torch.isin(ids, self._visual_tokens.to(ids.device)).sum(-1).tolist()
             return counts, counts
         before, after = [0] * len(prepared.samples), [0.0] * len(prepared.samples)
         for report in self.pruning.last:
@@ -183,6 +189,10 @@ class Predictor:
         image = self.benchmark.load_image(sample)
         return Image.new("RGB", image.size, _GREY) if self.blank else image
 
+    def _video(self, sample: Sample) -> NDArray[np.uint8]:
+        frames = self.benchmark.load_video(sample)
+        return np.full_like(frames, _GREY) if self.blank else frames
+
 
 @contextmanager
 def _torch_threads(count: int) -> Iterator[None]:
@@ -195,5 +205,5 @@ def _torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _message(question: str) -> list[Mapping[str, Any]]:
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+def _message(question: str, medium: str) -> list[Mapping[str, Any]]:
+    return [{"role": "user", "content": [{"type": medium}, {"type": "text", "text": question}]}]

@@ -19,7 +19,8 @@ ENVIRONMENT_FILE = "environment.json"
 
 # A full run speaks for another run if these agree, and the ids of the samples.
 _SAME_TASK = ("model", "benchmark", "seed", "blank", "max_new_tokens", "fingerprint")
-_NO_MATTER = ("workers",)
+# Where and how fast a run is answered; the answers do not depend on it.
+_NO_MATTER = {f"engine.{key}" for key in ("_target_", "workers", "gpus", "cpus", "threads", "retries", "address")}
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,14 @@ def with_retention(run: Run, others: Iterable[Run]) -> Run:
     return run if value is None else replace(run, metrics={**run.metrics, "retention": value})
 
 
+def score(metrics: Mapping[str, Any]) -> float:
+    """What the benchmark's published tables state (MME's sum, say): its own `score`, else the accuracy."""
+    own = metrics.get("score")
+    return float(metrics["accuracy"] if own is None else own)
+
+
 def retention(run: Run, others: Sequence[Run]) -> float | None:
-    """Accuracy / accuracy of the `full` run of the same model, benchmark, seed and samples; None without one.
+    """Score / score of the `full` run of the same model, benchmark, seed and samples; None without one.
 
     Of several, the one told most alike (engine, dtype, batch size) counts; one that is never right gives no ratio.
     """
@@ -95,9 +102,9 @@ def retention(run: Run, others: Sequence[Run]) -> float | None:
         and [row["id"] for row in other.predictions] == ids
     ]
     nearest = min(alike, key=lambda other: len(differences(other.config, run.config)), default=None)
-    if nearest is None or not nearest.metrics["accuracy"]:
+    if nearest is None or not score(nearest.metrics):
         return None
-    return float(run.metrics["accuracy"] / nearest.metrics["accuracy"])
+    return score(run.metrics) / score(nearest.metrics)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -115,7 +122,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str =
     """What two configurations disagree about, one "key: A there, B here" each; mere matters of speed left out."""
     found = []
     for key in dict.fromkeys([*there, *here]):
-        if key in _NO_MATTER:
+        if f"{prefix}{key}" in _NO_MATTER:
             continue
         a, b = there.get(key), here.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):

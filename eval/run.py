@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,16 +15,16 @@ from rich.console import Console
 
 from vprune.errors import VPruneError
 from vprune.eval import batches as batching
-from vprune.eval import environment, models
+from vprune.eval import models
 from vprune.eval.benchmarks.sample import Benchmark, Sample
 from vprune.eval.console import progress
+from vprune.eval.engines.engine import Engine, Task, make_engine
+from vprune.eval.engines.local import load_model as load_model  # the gallery answers with the same one
 from vprune.eval.metrics import summarise
-from vprune.eval.predictor import Answer, Predictor
+from vprune.eval.predictor import Answer
 from vprune.eval.results import Run, siblings, with_retention
 from vprune.eval.run_folder import RunFolder
 from vprune.eval.settings import PRUNING_OPTIONS, Job
-
-load_model = lru_cache(maxsize=1)(models.load)  # a sweep keeps its model; two large ones would not fit side by side
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Plan:
     batches: list[list[Sample]]
     folder: RunFolder
     method: Any
+    engine: Engine
 
 
 def plan(job: Job) -> Plan:
@@ -43,7 +44,8 @@ def plan(job: Job) -> Plan:
 
     Raises VPruneError for whatever of it is a mistake; nothing has been written by then, except a freshly drawn split.
     """
-    method = _method(job)
+    engine = make_engine(job.config["engine"])
+    method = load_method_of(job)
     path = job.config["model"]["path"]
     models.resolve(path)
     benchmark = load_benchmark(json.dumps(job.config["benchmark"]), str(job.shared))
@@ -56,7 +58,7 @@ def plan(job: Job) -> Plan:
     folder = RunFolder(job.folder, {**job.config, "fingerprint": fingerprints}, job.overwrite)
     folder.check()
     samples = batching.draw(benchmark.samples, job.config["limit"], job.config["seed"])
-    return Plan(job, benchmark, batching.form(samples, job.config["batch_size"]), folder, method)
+    return Plan(job, benchmark, batching.form(samples, job.config["batch_size"]), folder, method, engine)
 
 
 def carry_out(plan: Plan, console: Console, place: str = "") -> Run:
@@ -81,7 +83,8 @@ def forget() -> None:
     load_benchmark.cache_clear()
 
 
-def _method(job: Job) -> Any:
+def load_method_of(job: Job) -> Any:
+    """The `Pruner` that a job asks for; None for method=full."""
     if job.method == "full":
         return None
     from vprune.pruner import load_method
@@ -106,43 +109,30 @@ def load_benchmark(config: str, shared: str) -> Benchmark:
 
 
 def _continue(plan: Plan, console: Console, label: str) -> Run:
-    job, config = plan.job, plan.job.config
+    config = plan.job.config
     done, rows, size = plan.folder.batches_done(plan.batches)
-    with console.status(f"loading {config['model']['name']}"):
-        loaded = load_model(job.model_choice)
-    facts = environment.describe(loaded.device, loaded.dtype, loaded.revision)
-    if done:
-        plan.folder.check_surroundings(facts)
+    left = plan.batches[done:]
+    if not left:  # killed between its last batch and its metrics
+        with plan.folder.writing(size, {}) as writer:
+            return plan.folder.finish(_metrics(plan, rows, writer.seconds))
     total = sum(map(len, plan.batches))
-    with (
-        _attached(plan, loaded.model) as pruning,
-        plan.folder.writing(size, facts) as writer,
-        progress(console, label, total, len(rows), sum(row["correct"] for row in rows)) as meter,
-    ):
-        predictor = Predictor(
-            loaded,
-            plan.benchmark,
-            config["max_new_tokens"],
-            pruning=pruning,
-            wants_evidence=plan.method is not None and plan.method.needs_evidence,
-            blank=config["blank"],
-        )
-        left = plan.batches[done:]
-        for batch, answers in zip(left, predictor.run(left, config["engine"]["workers"]), strict=True):
-            fresh = [_row(plan.benchmark, sample, answer) for sample, answer in zip(batch, answers, strict=True)]
-            writer.append(fresh, predictor.take_seconds())
+    with ExitStack() as stack:
+        with console.status(f"loading {config['model']['name']}"):
+            session = stack.enter_context(plan.engine.open(Task(plan.job, plan.benchmark, plan.method, left)))
+        if done:
+            plan.folder.check_surroundings(session.facts)
+        writer = stack.enter_context(plan.folder.writing(size, session.facts))
+        right = sum(row["correct"] for row in rows)
+        meter = stack.enter_context(progress(console, label, total, len(rows), right))
+        for batch, answered in zip(left, session.answered, strict=True):
+            fresh = [
+                _row(plan.benchmark, sample, answer) for sample, answer in zip(batch, answered.answers, strict=True)
+            ]
+            writer.append(fresh, answered.seconds)
             rows += fresh
             meter.advance(len(fresh), sum(row["correct"] for row in fresh))
         seconds = writer.seconds
     return plan.folder.finish(_metrics(plan, rows, seconds))
-
-
-def _attached(plan: Plan, model: Any) -> Any:
-    if plan.method is None:
-        return nullcontext()
-    from vprune.attach import prune
-
-    return prune(model, method=plan.method, keep=plan.job.config["keep"])
 
 
 def _row(benchmark: Benchmark, sample: Sample, answer: Answer) -> dict[str, Any]:
@@ -163,6 +153,7 @@ def _metrics(plan: Plan, rows: Sequence[dict[str, Any]], seconds: dict[str, floa
     config = plan.job.config
     return {
         **summarise(rows),
+        **plan.benchmark.metrics(rows),
         "retention": None,
         "method": plan.job.method,
         "keep": config["keep"],

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from vprune.errors import VPruneError
     from vprune.pruner import Pruner, load_method, method_names
     from vprune.records import ImageReport, PruneReport
+    from vprune.segmentation.masks import Masks
+    from vprune.segmentation.segment import segment
 
 __version__ = "0.1.0"
 
@@ -25,10 +27,13 @@ _HOMES = {
     "method_names": "vprune.pruner",
     "ImageReport": "vprune.records",
     "PruneReport": "vprune.records",
+    "Masks": "vprune.segmentation.masks",
+    "segment": "vprune.segmentation.segment",
 }
 
 __all__ = [
     "ImageReport",
+    "Masks",
     "PruneReport",
     "Pruner",
     "Pruning",
@@ -37,6 +42,7 @@ __all__ = [
     "load_method",
     "method_names",
     "prune",
+    "segment",
 ]
 
 

@@ -22,7 +22,7 @@ _VERBS: dict[str, tuple[str, str | None]] = {
     "report": ("gather runs into leaderboard.md, leaderboard.json and index.html", "vprune.eval.report"),
     "train": ("train a part that vprune ships: vlm, scorer, clip, sam", None),
     "bench": ("time kernels or a whole model", "vprune.bench.app"),
-    "segment": ("turn what a model attends to into masks", None),
+    "segment": ("turn what a model attends to into masks", "vprune.segmentation.app"),
     "tune": ("search the parameters of a method", "vprune.training.tune_app"),
 }
 _RECIPES: dict[str, tuple[str, str | None]] = {

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ class Folder:
     kinds, missing, unreadable or oversized images, and evidence that `objects.json` does not know.
     """
 
+    has_video = False
+
     def __init__(
         self,
         path: str | Path,
@@ -53,8 +55,7 @@ class Folder:
         self._folder = Path(path).expanduser().resolve()
         if not self._folder.is_dir():
             raise VPruneError(f"benchmark folder {path} does not exist")
-        if "{question}" not in template:
-            raise VPruneError(f"benchmark.template={template!r} never names {{question}}, so nothing would be asked")
+        check_template(template)
         self._name = name or self._folder.name
         self._template = template
         self._kinds = kinds
@@ -94,7 +95,11 @@ class Folder:
 
     def load_image(self, sample: Sample) -> Image.Image:
         """The sample's image, RGB and upright; decoded once while the cache has room."""
-        return self._images.load(sample.image) if isinstance(sample.image, Path) else sample.image
+        return sample.image if isinstance(sample.image, Image.Image) else self._images.load(sample.image)
+
+    def load_video(self, sample: Sample) -> NDArray[np.uint8]:
+        """One frame: the image."""
+        return np.asarray(self.load_image(sample))[None]
 
     def evidence_mask(self, sample: Sample) -> NDArray[np.bool_] | None:
         """Union of the masks of the sample's evidence, bool `[H, W]`; None without annotation."""
@@ -107,6 +112,10 @@ class Folder:
         if sample.box is not None:
             return point_in_box(prediction, sample.box)
         return (list_f1 if sample.kind == "list" else exact_match)(prediction, sample.answer)
+
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Nothing beside the accuracy by kind."""
+        return {}
 
     def _read(self) -> list[Sample]:
         file = self._folder / SAMPLES_FILE
@@ -167,6 +176,12 @@ class Folder:
                 raise VPruneError(
                     f"{where}: evidence {sorted(unknown)} is not annotated in {self._folder / OBJECTS_FILE}"
                 )
+
+
+def check_template(template: str) -> None:
+    """Raise VPruneError for a template that has no place for the question."""
+    if "{question}" not in template:
+        raise VPruneError(f"benchmark.template={template!r} never names {{question}}, so nothing would be asked")
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -20,6 +22,13 @@ CACHE_BYTES = 512 * 2**20
 _READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, MemoryError, Image.DecompressionBombError)
 
 
+class ImageSource(Protocol):
+    """An encoded image that lies inside another file: a table's cell, a data set's row."""
+
+    def read(self) -> bytes:
+        """The encoded bytes; `str()` of the source says where they lie."""
+
+
 def check_image(path: Path) -> tuple[int, int]:
     """Size `(width, height)` of an image file, from its header alone.
 
@@ -29,10 +38,11 @@ def check_image(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def load_image(path: Path) -> Image.Image:
-    """An image file as upright RGB: EXIF orientation applied, transparency laid on white, greyscale spread.
+def load_image(path: Path | ImageSource) -> Image.Image:
+    """An image as upright RGB: EXIF orientation applied, transparency laid on white, greyscale spread.
 
-    Raises VPruneError if the file is missing, is no image, is cut short or has more than 100 megapixels.
+    `path` is a file, or a source inside one. Raises VPruneError if it is missing, is no image, is cut short or has more
+    than 100 megapixels.
     """
     with _opened(path) as image:
         try:
@@ -45,13 +55,13 @@ def load_image(path: Path) -> Image.Image:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    if not path.is_file():
+def _opened(path: Path | ImageSource) -> Iterator[Image.Image]:
+    if isinstance(path, Path) and not path.is_file():
         raise VPruneError(f"image {path} does not exist")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
-            image = Image.open(path, formats=FORMATS)
+            image = Image.open(path if isinstance(path, Path) else io.BytesIO(path.read()), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise VPruneError(_too_large(path, "more than 178")) from error
     except UnidentifiedImageError as error:
@@ -67,7 +77,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         yield image
 
 
-def _too_large(path: Path, megapixels: str) -> str:
+def _too_large(path: Path | ImageSource, megapixels: str) -> str:
     return f"image {path} has {megapixels} megapixels, the limit is {MAX_PIXELS // 10**6}; scale it down first"
 
 
@@ -93,12 +103,12 @@ class ImageCache:
     """Decoded images of a benchmark, the ones used longest ago dropped first; safe to use from several threads."""
 
     def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
-        self._images: OrderedDict[Path, Image.Image] = OrderedDict()
+        self._images: OrderedDict[Path | ImageSource, Image.Image] = OrderedDict()
         self._bytes = 0
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
 
-    def load(self, path: Path) -> Image.Image:
+    def load(self, path: Path | ImageSource) -> Image.Image:
         """`load_image(path)`, decoded once while the cache has room."""
         with self._lock:
             cached = self._images.get(path)

@@ -12,7 +12,7 @@ from typing import Any
 from vprune.errors import VPruneError
 from vprune.eval.reporting.sections import FULL, Entry, Gathered, Section
 from vprune.eval.reporting.variants import variant
-from vprune.eval.results import CONFIG_FILE, METRICS_FILE, PREDICTIONS_FILE, Run, load_run
+from vprune.eval.results import CONFIG_FILE, METRICS_FILE, PREDICTIONS_FILE, Run, load_run, score
 
 _PREDICTION = {"id", "kind", "question", "answer", "prediction", "correct"}
 
@@ -87,8 +87,8 @@ def _sections(runs: Iterable[Run], folder: Path) -> list[Section]:
 def _entry(run: Run, members: Sequence[Run], full: Run | None, folder: Path) -> Entry:
     metrics = run.metrics
     retention = metrics.get("retention")
-    if full is not None and full.metrics["accuracy"]:
-        retention = metrics["accuracy"] / full.metrics["accuracy"]
+    if full is not None and score(full.metrics):
+        retention = score(metrics) / score(full.metrics)
     return Entry(
         run=run,
         name=run.folder.relative_to(folder).as_posix(),

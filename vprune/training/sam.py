@@ -20,7 +20,7 @@ from torchvision.ops import sigmoid_focal_loss  # type: ignore[import-untyped]  
 
 from vprune.eval.scenes.render import COLOUR, SHAPE, Batch, Painter
 from vprune.eval.scenes.world import COLOURS, MAX_OBJECTS, SHAPES, SIDE
-from vprune.segmentation.sam import Prompts, build_sam, decode, save_sam
+from vprune.segmentation.sam import Prompts, build_sam, decode, load_sam, save_sam
 from vprune.training.loop import TrainingLoop, begin
 
 LEAST_VISIBLE = 40
@@ -43,7 +43,10 @@ def train(config: DictConfig) -> Path:
     """
     out, device = begin(config, "sam")
     fields: Any = OmegaConf.to_container(config.model)
-    loop = SamLoop(config, build_sam(fields), device, out)
+    sam = build_sam(fields)
+    if config.start_from:
+        sam.load_state_dict(load_sam(Path(str(config.start_from)).expanduser()).state_dict())
+    loop = SamLoop(config, sam, device, out)
     loop.run()
     loop.model.load_state_dict(loop.average)
     save_sam(loop.sam, fields, out / "model")

@@ -1,0 +1,1 @@
+"""Engines: where a run's questions are answered; `conf/engine/NAME.yaml` names a class of these."""

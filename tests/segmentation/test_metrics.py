@@ -1,0 +1,77 @@
+"""Figures of masks: by hand, and against pycocotools on files."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from vprune.segmentation.evaluation import OPEN, REFER, ScenesSegment
+from vprune.segmentation.masks import Masks
+from vprune.segmentation.metrics import coco_measures, mean_iou, overall_iou
+
+
+def test_iou_by_hand() -> None:
+    pairs = [(1, 4), (3, 4), (0, 0), (0, 12)]
+    assert mean_iou(pairs) == pytest.approx((0.25 + 0.75 + 0 + 0) / 4)
+    assert mean_iou(pairs, empty_union=1) == pytest.approx((0.25 + 0.75 + 1 + 0) / 4)
+    assert overall_iou(pairs) == pytest.approx(4 / 20)
+    assert overall_iou([(0, 0)]) == 0 and overall_iou([(0, 0)], empty_union=1) == 1
+    assert np.isnan(mean_iou([]))
+
+
+def test_coco_measures_are_those_of_the_package_on_files(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    truth: dict = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "x"}]}
+    found: list[dict] = []
+    for image in (1, 2, 3):
+        truth["images"].append({"id": image, "width": 64, "height": 64, "file_name": f"{image}.png"})
+        for _ in range(4):
+            y, x, h, w = rng.integers((2, 2, 8, 8), (40, 40, 24, 24))
+            mask = np.zeros((64, 64), dtype=bool)
+            mask[y : y + h, x : x + w] = True
+            (one,) = Masks.of(mask[None], ["x"], [1.0]).to_coco(image, first=len(truth["annotations"]) + 1)
+            truth["annotations"].append(one)
+            shifted = np.roll(mask, tuple(rng.integers(0, 5, 2)), (0, 1))
+            (result,) = Masks.of(shifted[None], ["x"], [float(rng.random())]).to_coco(image)
+            found.append({key: result[key] for key in ("image_id", "category_id", "segmentation", "score")})
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(tmp_path / "truth.json")
+        evaluation = COCOeval(coco, coco.loadRes(str(tmp_path / "found.json")), "segm")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    measured = coco_measures(truth, found)
+    wanted = {"open_ap": 0, "open_ap50": 1, "open_ar100": 8}
+    assert 0 < measured["open_ap"] < 1
+    for key, place in wanted.items():
+        assert measured[key] == pytest.approx(evaluation.stats[place], abs=1e-6)
+    assert coco_measures(truth, [])["open_ap"] == 0
+    assert np.isnan(coco_measures({**truth, "annotations": []}, found)["open_ap"])
+
+
+def test_the_benchmark_scores_perfect_and_empty_answers() -> None:
+    benchmark = ScenesSegment()
+    some = [next(one for one in benchmark.samples if one.kind == kind) for kind in (OPEN, REFER)]
+    rows, empty = [], []
+    for sample in some:
+        true = Masks.of(
+            np.stack(benchmark.truth(sample)),
+            ["x"] * len(benchmark.truth(sample)),
+            [0.9] * len(benchmark.truth(sample)),
+        )
+        prediction = json.dumps(true.to_coco())
+        assert benchmark.score(sample, prediction) == 1 and benchmark.score(sample, "[]") == 0
+        rows.append({"id": sample.id, "prediction": prediction})
+        empty.append({"id": sample.id, "prediction": "[]"})
+    assert set(benchmark.metrics(rows).values()) == {1.0}
+    assert set(benchmark.metrics(empty).values()) == {0.0}
+    assert benchmark.metrics(rows[1:])["open_ap"] is None

@@ -1,0 +1,1 @@
+"""From what a vision-language model attends to, to points, to masks: training-free segmentation."""

@@ -1,0 +1,285 @@
+"""The command `vprune segment`: an image, or a folder of them, to one COCO file and a picture each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from vprune.errors import VPruneError
+
+_DESCRIPTION = """\
+Outline what a vision-language model says it sees, or what a phrase means: no category list, no training.
+
+  vprune segment photo.jpg
+  vprune segment photo.jpg phrase="the small red circle"
+  vprune segment folder/ segmenter=sam_vit_h segmenter.path=sam_vit_h_4b8939.pth model=llava-hf/llava-1.5-7b-hf
+
+annotations.json is a COCO file; overlay/NAME.png shows it. A folder that was broken off goes on where it was."""
+_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+_JOURNAL, _RESULT, _CONFIG = "images.jsonl", "annotations.json", "config.yaml"
+_ELSEWHERE = ("out", "overwrite", "overlay", "device")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `vprune segment`; exit code 0 done, 1 some images failed. VPruneError for a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="vprune segment",
+        usage="vprune segment IMAGE_OR_DIR [key=value ...]",
+        description=_DESCRIPTION,
+        epilog=_options(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("image", metavar="IMAGE_OR_DIR")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_intermixed_args(list(argv))
+    config = configured(arguments.overrides)
+    return run(Path(arguments.image).expanduser(), config)
+
+
+def configured(overrides: Sequence[str]) -> dict[str, Any]:
+    """The configuration that the overrides ask for.
+
+    Raises:
+        VPruneError: one that does not compose.
+    """
+    from vprune.eval.overrides import compose_all
+
+    # Phrases hold whatever people say; none of it is Hydra's.
+    said: dict[str, str | None] = {"phrase": None, "background": None, "refer": None}
+    rest = []
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if key in said and equals:
+            said[key] = value.strip("\"'")
+        else:
+            rest.append(word)
+    config = compose_all(rest, primary="segment")[0].config
+    return config | {key: value or None for key, value in said.items() if value is not None and value != "null"}
+
+
+def run(source: Path, config: Mapping[str, Any]) -> int:
+    """Segment an image or all images of a folder; returns the exit code.
+
+    Raises:
+        VPruneError: nothing to segment, a mistake in the configuration, an only image that cannot be read.
+    """
+    from transformers.utils import logging
+
+    from vprune.eval.benchmarks.images import check_image
+    from vprune.eval.console import make_console
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    paths = images_in(source)
+    if not source.is_dir():
+        check_image(source)
+    out = Path(str(config["out"])).expanduser() if config["out"] else Path("runs") / "segment" / source.resolve().stem
+    folder = Results(out, source, config)
+    left = [path for path in paths if folder.name_of(path) not in folder.rows]
+    console = make_console()
+    failed: list[str] = []
+    if left:
+        work = Work(config)
+        failed = _each(work, folder, left, console, bool(config["overlay"]), alone=not source.is_dir())
+    folder.write(config)
+    found = sum(len(row["annotations"]) for row in folder.rows.values())
+    console.print(f"{found} masks in {len(folder.rows)} images, written to {out / _RESULT}", soft_wrap=True)
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _each(work: Work, folder: Results, left: Sequence[Path], console: Any, overlay: bool, alone: bool) -> list[str]:
+    from rich.progress import Progress
+
+    failed = []
+    with Progress(console=console, transient=True, disable=len(left) < 2) as bar:
+        for path in bar.track(left, description="segment"):
+            try:
+                picture, masks, labels = work(path)
+                drawn = masks.overlay(picture) if overlay else None
+            except (VPruneError, OSError, ValueError, RuntimeError, MemoryError) as error:
+                if alone:
+                    raise
+                failed.append(f"{folder.name_of(path)}: {error or type(error).__name__}")
+                continue
+            folder.add(path, masks, labels, drawn)
+    return failed
+
+
+def images_in(source: Path) -> list[Path]:
+    """The images to segment: the file itself, or those of a folder and the folders in it, by name.
+
+    Raises:
+        VPruneError: there is no such file, or none in the folder.
+    """
+    if source.is_dir():
+        found = sorted(path for path in source.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
+        if not found:
+            raise VPruneError(f"{source} holds no images ({', '.join(sorted(_ENDINGS))})")
+        return found
+    if not source.is_file():
+        raise VPruneError(f"{source} does not exist: name an image or a folder of images")
+    return [source]
+
+
+class Work:
+    """The models, loaded once, and what is done with each image."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        from hydra.utils import instantiate
+
+        from vprune.eval.models import ModelChoice, load, pick_device
+        from vprune.pruner import load_method
+        from vprune.segmentation.labels import Labeller, read_categories
+        from vprune.segmentation.segment import Session
+
+        device = pick_device(config["device"])
+        self.recipe = recipe_of(config)
+        method, self.phrase = config["method"]["name"], config["phrase"]
+        pruner = None if method == "full" else load_method(config["method"].get("file", method), keep=config["keep"])
+        categories = read_categories(config["categories"])
+        model = config["model"]
+        loaded = load(
+            ModelChoice(model["path"], model["revision"], model["trust_remote_code"], config["dtype"], config["device"])
+        )
+        segmenter = _made(instantiate, {**config["segmenter"], "device": str(device)})
+        self.labeller = None if categories is None else Labeller(categories, config["clip"], device)
+        self.session = Session((loaded.model, loaded.processor), segmenter, self.recipe, pruner, config["device"])
+
+    def __call__(self, path: Path) -> tuple[Any, Any, list[str]]:
+        """The picture, its masks, and the category of each."""
+        from vprune.eval.benchmarks.images import load_image
+
+        picture = load_image(path)
+        masks = self.session(picture, self.phrase)
+        return picture, masks, list(masks.names) if self.labeller is None else self.labeller(masks.names)
+
+
+def recipe_of(config: Mapping[str, Any]) -> Any:
+    """The `Recipe` of a configuration.
+
+    Raises:
+        VPruneError: a value out of range.
+    """
+    from dataclasses import fields
+
+    from hydra.utils import instantiate
+
+    from vprune.segmentation.segment import Recipe
+
+    own = {one.name: config[one.name] for one in fields(Recipe) if one.name not in ("maps", "prompting")}
+    return Recipe(**own, maps=_made(instantiate, config["maps"]), prompting=_made(instantiate, config["prompting"]))
+
+
+def _made(instantiate: Any, part: Mapping[str, Any]) -> Any:
+    from hydra.errors import InstantiationException
+
+    try:
+        return instantiate(dict(part))
+    except InstantiationException as error:
+        if isinstance(error.__cause__, VPruneError):
+            raise error.__cause__ from None
+        raise VPruneError(" ".join(str(error.__cause__ or error).split())) from error
+
+
+class Results:
+    """The folder of one command: a journal of what is done, and the COCO file made of it.
+
+    Raises:
+        VPruneError: another configuration's results are there.
+    """
+
+    def __init__(self, out: Path, source: Path, config: Mapping[str, Any]) -> None:
+        import yaml
+
+        self.out, self.source = out, source
+        self.rows: dict[str, dict[str, Any]] = {}
+        told = {"source": str(source.resolve()), **{k: v for k, v in config.items() if k not in _ELSEWHERE}}
+        file, journal = out / _CONFIG, out / _JOURNAL
+        if config["overwrite"]:
+            journal.unlink(missing_ok=True)
+        elif file.is_file() and journal.is_file() and yaml.safe_load(file.read_text(encoding="utf-8")) != told:
+            raise VPruneError(f"{out} holds the results of another command: give another out=DIR, or overwrite=true")
+        try:
+            (out / "overlay").mkdir(parents=True, exist_ok=True)
+            file.write_text(yaml.safe_dump(told, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        except OSError as error:
+            raise VPruneError(f"out={out} cannot be written ({error}); choose another folder with out=DIR") from error
+        for line in self._lines(journal):
+            self.rows[line["file_name"]] = line
+
+    def _lines(self, journal: Path) -> Iterator[dict[str, Any]]:
+        if journal.is_file():
+            whole = [line for line in journal.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+            journal.write_bytes(b"".join(whole))  # the kill may have come in the middle of a line
+            yield from (json.loads(line) for line in whole)
+
+    def name_of(self, path: Path) -> str:
+        """An image's name in the COCO file: its path below the folder."""
+        return path.relative_to(self.source).as_posix() if self.source.is_dir() else path.name
+
+    def add(self, path: Path, masks: Any, labels: Sequence[str], drawn: Any) -> None:
+        """Write one image's results down."""
+        name = self.name_of(path)
+        height, width = masks.size
+        annotations = [{**one, "label": label} for one, label in zip(masks.to_coco(), labels, strict=True)]
+        if drawn is not None:
+            # a.jpg and a.png may lie side by side: then the ending stays in the name.
+            twins = [one for one in path.parent.iterdir() if one.stem == path.stem and one.suffix.lower() in _ENDINGS]
+            shown = Path(name) if len(twins) > 1 and self.source.is_dir() else Path(name).with_suffix("")
+            target = self.out / "overlay" / shown.with_name(f"{shown.name}.png")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            drawn.save(target)
+        self.rows[name] = {"file_name": name, "width": width, "height": height, "annotations": annotations}
+        with (self.out / _JOURNAL).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self.rows[name], ensure_ascii=False) + "\n")
+
+    def write(self, config: Mapping[str, Any]) -> None:
+        """Write `annotations.json`: images by name, categories in the order of the list, or of their first mask."""
+        from vprune.segmentation.labels import read_categories
+
+        given = read_categories(config["categories"]) or []
+        said = [one["label"] for name in sorted(self.rows) for one in self.rows[name]["annotations"]]
+        categories = {name: number for number, name in enumerate(dict.fromkeys([*given, *said]), start=1)}
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for number, name in enumerate(sorted(self.rows), start=1):
+            row = self.rows[name]
+            images.append({"id": number, "file_name": name, "width": row["width"], "height": row["height"]})
+            for one in row["annotations"]:
+                own = {key: value for key, value in one.items() if key != "label"}
+                place = {"id": len(annotations) + 1, "image_id": number, "category_id": categories[one["label"]]}
+                annotations.append({**own, **place})
+        content = {
+            "info": {"description": "vprune segment", "phrase": config["phrase"]},
+            "images": images,
+            "categories": [{"id": number, "name": name} for name, number in categories.items()],
+            "annotations": annotations,
+        }
+        draft = self.out / f".{_RESULT}.draft"
+        draft.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        draft.replace(self.out / _RESULT)
+
+
+def _options() -> str:
+    lines = ["groups: model=, method= (prunes the image), segmenter= and maps= with these entries:"]
+    for group in ("segmenter", "maps"):
+        folder = files("vprune.conf") / group
+        names = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+        lines.append(f"  {group:<10} {' '.join(names)}")
+    lines += ["", "options (key=value), with their defaults:"]
+    for line in (files("vprune.conf") / "segment.yaml").read_text(encoding="utf-8").splitlines():
+        key, colon, rest = line.partition(": ")
+        if colon and not line.startswith(("#", "  -")):
+            value, _, meaning = rest.partition(" # ")
+            shown = key.strip() if not line.startswith(" ") else f"prompting.{key.strip()}"
+            if "_target_" not in shown:
+                lines.append(f"  {f'{shown}={value.strip()}':<30} {meaning}".rstrip())
+    lines += ["", "exit codes: 0 done, 1 some images failed (they are named), 2 a mistake in the command or in a file"]
+    return "\n".join(lines)

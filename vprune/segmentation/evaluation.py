@@ -1,0 +1,188 @@
+"""`vprune eval benchmark=scenes_segment`: open-ended and referring segmentation of the scenes, pruned or whole."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from vprune.errors import VPruneError
+from vprune.eval.benchmarks.sample import Sample
+from vprune.eval.benchmarks.scenes import Scenes
+from vprune.segmentation.metrics import coco_measures, intersection_and_union, mean_iou, overall_iou
+
+OPEN, REFER = "open", "refer"
+
+
+class ScenesSegment:
+    """Every image once for everything in it, and every `point to ...` question as a referring expression.
+
+    Raises:
+        VPruneError: see `Scenes`, or a recipe with a field that there is not.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        name: str = "scenes_segment",
+        segmenter: str = "embedded",
+        segmenter_path: str | None = None,
+        empty_union: float = 0,
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name, self._scenes = name, Scenes(path, name=name)
+        self._segmenter, self._segmenter_path = segmenter, segmenter_path
+        self._empty, self._recipe = float(empty_union), dict(recipe or {})
+        first = next(iter(self._scenes.samples))
+        assert isinstance(first.image, Path)
+        self._folder = first.image.parent.parent
+        self.fingerprint, self.has_evidence, self.has_video = self._scenes.fingerprint, False, False
+
+    @cached_property
+    def _content(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self._folder / "objects.json").read_text(encoding="utf-8"))
+        return content
+
+    @cached_property
+    def _by_id(self) -> dict[int, dict[str, Any]]:
+        return {int(one["id"]): one for one in self._content["annotations"]}
+
+    @cached_property
+    def samples(self) -> Sequence[Sample]:
+        """One sample an image (kind `open`), and one an expression (kind `refer`)."""
+        images = [
+            Sample(f"open-{one['id']:06d}", self._folder / one["file_name"], OPEN, "", "", (int(one["id"]),))
+            for one in self._content["images"]
+        ]
+        return [*images, *(one for one in self._scenes.samples if one.kind == REFER)]
+
+    def prompt(self, sample: Sample) -> str:
+        """The phrase of an expression; nothing for an image."""
+        return sample.question.removeprefix("point to ").removesuffix(".")
+
+    def load_image(self, sample: Sample) -> Image.Image:
+        """The sample's image."""
+        return self._scenes.load_image(sample)
+
+    def load_video(self, sample: Sample) -> NDArray[np.uint8]:
+        """There are none."""
+        raise VPruneError(f"benchmark={self.name} has images only")
+
+    def evidence_mask(self, sample: Sample) -> None:
+        """No mask is told: what is to be found would be given away."""
+        return
+
+    def truth(self, sample: Sample) -> list[NDArray[np.bool_]]:
+        """The masks that belong to a sample."""
+        if sample.kind == OPEN:
+            own = [one for one in self._content["annotations"] if one["image_id"] == sample.evidence[0]]
+        else:
+            own = [self._by_id[one] for one in sample.evidence]
+        return [coco_mask.decode(_packed(one["segmentation"])).astype(bool) for one in own]
+
+    def score(self, sample: Sample, prediction: str) -> float:
+        """IoU of an expression's mask; of an image, the recall of its objects averaged over IoU .5 to .95."""
+        found, truth = _decoded(prediction), self.truth(sample)
+        if sample.kind == REFER:
+            i, u = self._pair(found, truth[0])
+            return i / u if u else self._empty
+        best = [max((_iou(mask, one) for mask in found), default=0.0) for one in truth]
+        return float(np.mean([[b > t for t in np.arange(0.5, 1.0, 0.05)] for b in best])) if best else 1.0
+
+    def _pair(self, found: Sequence[NDArray[np.bool_]], truth: NDArray[np.bool_]) -> tuple[int, int]:
+        return intersection_and_union(found[0] if found else np.zeros_like(truth), truth)
+
+    def predictor(self, loaded: Any, method: Any) -> SegmentPredictor:
+        """What answers the samples."""
+        from omegaconf import OmegaConf
+
+        from vprune.segmentation.app import configured, recipe_of
+        from vprune.segmentation.segment import Session
+        from vprune.segmentation.segmenters import load_segmenter
+
+        unknown = set(self._recipe) - set(configured([]))
+        if unknown:
+            raise VPruneError(f"benchmark.recipe: there is no {', '.join(sorted(unknown))} in conf/segment.yaml")
+        config: Any = OmegaConf.to_container(OmegaConf.merge(configured([]), self._recipe))
+        recipe = recipe_of(config)
+        segmenter = load_segmenter(self._segmenter, self._segmenter_path, loaded.device)
+        session = Session((loaded.model, loaded.processor), segmenter, recipe, method, str(loaded.device))
+        return SegmentPredictor(self, session)
+
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """referring_miou, referring_oiou, open_ap, open_ap50 and open_ar100 of the rows of `predictions.jsonl`."""
+        samples = {sample.id: sample for sample in self.samples}
+        pairs: list[tuple[int, int]] = []
+        found: list[dict[str, Any]] = []
+        images: list[int] = []
+        for row in rows:
+            sample = samples[row["id"]]
+            if sample.kind == REFER:
+                pairs.append(self._pair(_decoded(row["prediction"] or "[]"), self.truth(sample)[0]))
+                continue
+            images.append(sample.evidence[0])
+            for one in json.loads(row["prediction"] or "[]"):
+                result = {"image_id": sample.evidence[0], "category_id": 1}
+                found.append({**result, "segmentation": one["segmentation"], "score": one["score"]})
+        truth = {
+            **self._content,
+            "images": [one for one in self._content["images"] if one["id"] in images],
+            "annotations": [one for one in self._content["annotations"] if one["image_id"] in images],
+        }
+        measured = {
+            "referring_miou": mean_iou(pairs, self._empty),
+            "referring_oiou": overall_iou(pairs, self._empty) if pairs else float("nan"),
+            **coco_measures(truth, found),
+        }
+        return {key: None if np.isnan(value) else round(value, 6) for key, value in measured.items()}
+
+
+class SegmentPredictor:
+    """Answers samples with masks, as JSON: a list of segmentation, score and name, best first."""
+
+    def __init__(self, benchmark: ScenesSegment, session: Any) -> None:
+        self.benchmark, self.session = benchmark, session
+        self._since = time.perf_counter()
+
+    def run(self, batches: Sequence[Sequence[Sample]], workers: int | None = None) -> Iterator[list[Any]]:
+        """The answers to each batch in turn."""
+        for batch in batches:
+            yield [self._answer(sample) for sample in batch]
+
+    def _answer(self, sample: Sample) -> Any:
+        from vprune.eval.predictor import Answer
+
+        phrase = self.benchmark.prompt(sample) if sample.kind == REFER else None
+        try:
+            masks = self.session(self.benchmark.load_image(sample), phrase)
+        except (OSError, RuntimeError, ValueError) as error:
+            return Answer("", None, None, error=f"{type(error).__name__}: {error}")
+        found = [{key: one[key] for key in ("segmentation", "score", "name")} for one in masks.to_coco()]
+        return Answer(json.dumps(found), None, None)
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds since the last call."""
+        now = time.perf_counter()
+        taken, self._since = {"total": now - self._since}, now
+        return taken
+
+
+def _packed(rle: Mapping[str, Any]) -> dict[str, Any]:
+    return {"size": list(rle["size"]), "counts": str(rle["counts"]).encode()}
+
+
+def _decoded(prediction: str) -> list[NDArray[np.bool_]]:
+    return [coco_mask.decode(_packed(one["segmentation"])).astype(bool) for one in json.loads(prediction)]
+
+
+def _iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
+    i, u = intersection_and_union(one, other)
+    return i / u if u else 0.0
