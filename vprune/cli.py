@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.resources import files
@@ -16,20 +16,21 @@ _INTERRUPTED = 130
 # What Hydra raises about overrides; by name, because importing Hydra would slow `vprune --help` down.
 _COMPOSITION_ERRORS = ("ConfigCompositionException", "MissingConfigException", "OverrideParseException")
 
-# verb -> (what it does, where its main lives; None: not built yet)
-_VERBS: dict[str, tuple[str, str | None]] = {
+_TRAINING = "vprune.training.cli"
+# verb -> (what it does, where its main lives)
+_VERBS: dict[str, tuple[str, str]] = {
     "eval": ("ask a model the questions of a benchmark, with its visual tokens pruned", "vprune.eval.app"),
     "report": ("gather runs into leaderboard.md, leaderboard.json and index.html", "vprune.eval.report"),
-    "train": ("train a part that vprune ships: vlm, scorer, clip, sam", None),
+    "train": ("train a part that vprune ships: vlm, scorer, clip, sam", _TRAINING),
     "bench": ("time kernels or a whole model", "vprune.bench.app"),
     "segment": ("turn what a model attends to into masks", "vprune.segmentation.app"),
     "tune": ("search the parameters of a method", "vprune.training.tune_app"),
 }
-_RECIPES: dict[str, tuple[str, str | None]] = {
-    "vlm": ("the embedded vision-language model, from scratch", "vprune.training.cli"),
-    "scorer": ("the network that learns which tokens matter", "vprune.training.cli"),
-    "clip": ("the embedded CLIP, which names crops and compares words", "vprune.training.cli"),
-    "sam": ("the embedded SAM, which draws masks from points, boxes and masks", "vprune.training.cli"),
+_RECIPES = {
+    "vlm": "the embedded vision-language model, from scratch",
+    "scorer": "the network that learns which tokens matter",
+    "clip": "the embedded CLIP, which names crops and compares words",
+    "sam": "the embedded SAM, which draws masks from points, boxes and masks",
 }
 
 
@@ -61,9 +62,10 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"vprune {__version__}")
         return DONE
     verb, rest = arguments[0], arguments[1:]
+    _known("vprune", verb, _VERBS)
     if verb == "train":
         return _train(rest)
-    return _find("vprune", verb, _VERBS, rest)
+    return _run(_VERBS[verb][1], rest)
 
 
 def _train(arguments: list[str]) -> int:
@@ -71,59 +73,36 @@ def _train(arguments: list[str]) -> int:
         print(_usage("vprune train", "RECIPE [key=value ...]", "recipes", _RECIPES))
         return DONE if arguments else MISTAKE
     recipe, rest = arguments[0], arguments[1:]
-    if recipe in _RECIPES and _RECIPES[recipe][1] and any(word in ("-h", "--help") for word in rest):
-        print(_recipe_help(recipe))
+    _known("vprune train", recipe, _RECIPES)
+    if any(word in ("-h", "--help") for word in rest):
+        options = (files("vprune.conf") / "train" / f"{recipe}.yaml").read_text(encoding="utf-8")
+        print(f"usage: vprune train {recipe} [key=value ...]\n\n{_RECIPES[recipe]}\n\n{options}")
         return DONE
-    return _find("vprune train", recipe, _RECIPES, rest, passed=arguments)
+    return _run(_TRAINING, arguments)
 
 
-def _recipe_help(recipe: str) -> str:
-    options = (files("vprune.conf") / "train" / f"{recipe}.yaml").read_text(encoding="utf-8")
-    return f"usage: vprune train {recipe} [key=value ...]\n\n{_RECIPES[recipe][0]}\n\n{options}"
+def _run(home: str, arguments: list[str]) -> int:
+    run: Callable[[list[str]], int | None] = import_module(home).main
+    return run(arguments) or DONE
 
 
-def _find(
-    command: str,
-    word: str,
-    known: dict[str, tuple[str, str | None]],
-    rest: list[str],
-    passed: list[str] | None = None,
-) -> int:
+def _known(command: str, word: str, known: Collection[str]) -> None:
     if word not in known:
         close = get_close_matches(word, known, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise VPruneError(f"{command} knows no {word!r}{hint}; there is {', '.join(known)}. Try {command} --help")
-    summary, home = known[word]
-    if home is None:
-        asked_for_help = any(word in ("-h", "--help") for word in rest)
-        if asked_for_help:
-            print(f"{command} {word}: {summary} (not built yet)")
-            return DONE
-        raise VPruneError(
-            f"{command} {word} is not built yet in vprune {__version__}; see {command} --help for what is"
-        )
-    try:
-        run: Callable[[list[str]], int | None] = import_module(home).main
-    except ModuleNotFoundError as error:
-        if error.name is None or not home.startswith(error.name):
-            raise
-        raise VPruneError(f"{command} {word} is not built yet in vprune {__version__}") from error
-    return run(rest if passed is None else passed) or DONE
 
 
 def _help() -> str:
-    usage = _usage("vprune", "VERB [arguments]", "verbs", _VERBS)
+    usage = _usage("vprune", "VERB [arguments]", "verbs", {verb: told for verb, (told, _) in _VERBS.items()})
     return (
         "vprune shortens what a vision-language model reads: visual tokens scored, selected, recycled, in generate.\n\n"
         f"{usage}\n\nvprune VERB --help tells more; vprune --version tells the version."
     )
 
 
-def _usage(command: str, arguments: str, title: str, known: dict[str, tuple[str, str | None]]) -> str:
-    unbuilt = {name for name, (_, home) in known.items() if home is None and name != "train"}
-    lines = [
-        f"  {name:<9}{summary}{' (not built yet)' if name in unbuilt else ''}" for name, (summary, _) in known.items()
-    ]
+def _usage(command: str, arguments: str, title: str, known: Mapping[str, str]) -> str:
+    lines = [f"  {name:<9}{told}" for name, told in known.items()]
     return "\n".join([f"usage: {command} {arguments}", "", f"{title}:", *lines])
 
 
