@@ -312,6 +312,8 @@ class Pruning:
         self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         passage, hidden, before = self._passage, args[0], kwargs
+        if passage is not None and passage.deciding:
+            return None  # a scorer has the whole prompt read by the layers
         if passage is not None:
             if number:
                 hidden, short = passage.enter(number, hidden)

@@ -64,6 +64,7 @@ class Passage:
         self._maps: dict[int, list[Tensor | None]] = {}
         self._decided: list[Decided] = []
         self._clock = Stopwatch()
+        self.deciding = False
         self._stops = {0}
         for layer, _ in pruner.schedule:
             self._check_stage(layer)
@@ -114,12 +115,14 @@ class Passage:
                 stored=self._stored_before(layer),
                 past=self._past(layer),
             )
+            self.deciding = True
             with torch.no_grad():
                 for stage, keep in self.pruner.schedule:
                     if self.pruner.scoring_layer(stage) == layer and stage not in self._maps:
                         self._maps[stage] = self._scored(layer)
                     if stage == layer:
                         short = self._decide(layer, keep)
+            self.deciding = False
             if short is not None:
                 shorter = self._move_on(layer, short)
         return shorter, short

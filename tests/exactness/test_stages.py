@@ -326,3 +326,16 @@ def test_maps_of_layers_that_would_have_to_run_ahead_are_refused(made: Any, fami
     with torch.no_grad(), vprune.prune(model, "attention", stages=[2]) as pruning:  # run by then
         model(**inputs)
     assert all(report.importance is not None for report in pruning.last or [])
+
+
+def test_a_scorer_that_runs_the_layers_itself_serves_later_stages_again_and_again(
+    tiny_vlm: Any, tiny_processor: Any
+) -> None:
+    from tests.exactness.prompts import batch as prompts
+
+    model, inputs = tiny_vlm(), prompts(tiny_processor, "padded")
+    with torch.no_grad(), vprune.prune(model, "relevance", stages=[(1, 0.5), (2, 0.25)]) as pruning:
+        first = model(**inputs).logits
+        again = model(**inputs).logits
+    assert torch.equal(first, again)
+    assert [[stage.tokens_after for stage in one.stages] for one in pruning.last or ()] == [[18, 9], [18, 9]]

@@ -40,6 +40,7 @@ class Relevance:
 
     tokens: int = 48
 
+    layer: ClassVar[int] = 0  # before the first: the one map serves every stage
     needs_evidence: ClassVar[bool] = False
     tower_layer: ClassVar[int | None] = None
 
