@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VPruneError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE
+    except BrokenPipeError:  # `vprune ... | head` has read enough; nothing more can be said, at exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except KeyboardInterrupt:
         print("\ninterrupted; nothing written is lost, the same command goes on from here", file=sys.stderr)
         return _INTERRUPTED
