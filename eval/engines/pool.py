@@ -15,7 +15,7 @@ import os
 import pickle
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -67,7 +67,7 @@ class Pool:
 
 def spread(
     pool: Pool, start: Callable[[], Callable[[Order], Result]], orders: Sequence[Order]
-) -> Iterator[tuple[int, Result]]:
+) -> Generator[tuple[int, Result]]:
     """The place and the result of every order, each exactly once, in the order in which they are ready.
 
     `start`, the orders and the results travel by pickle. A worker that dies is started again, and the order that it was

@@ -33,7 +33,7 @@ class RayData(Pool):
         """Start the workers, and wait for the first answer: only then is it known what they run on."""
         pool = Pool(**{one.name: getattr(self, one.name) for one in fields(Pool)})
         orders = [[sample.id for sample in batch] for batch in task.batches]
-        coming = spread(pool, partial(Desk, _portable(task.job), task.benchmark.fingerprint), orders)
+        coming = spread(pool, partial(Desk, _portable(task.job, self.gpus), task.benchmark.fingerprint), orders)
         first = next(coming)
         started = time.perf_counter() - first[1].seconds["total"]
         facts = {**first[1].facts, "command": environment.command(), "workers": asdict(pool)}
@@ -86,12 +86,14 @@ class Desk:
         return Outcome(answers, self._predictor.take_seconds(), self._facts)
 
 
-def _portable(job: Job) -> Job:
-    """The job with paths that hold in another working directory."""
+def _portable(job: Job, gpus: float | None) -> Job:
+    """The job with paths that hold in another working directory, and without a GPU where workers are to have none."""
     model = dict(job.config["model"])
     if model["path"] != models.EMBEDDED:
         model["path"] = models.resolve(model["path"])
-    return replace(job, config={**job.config, "model": model}, shared=Path(job.shared).resolve())
+    # Not every version of Ray hides the GPUs from a worker that asks for none.
+    device = "cpu" if gpus == 0 and job.config["device"] == "auto" else job.config["device"]
+    return replace(job, config={**job.config, "model": model, "device": device}, shared=Path(job.shared).resolve())
 
 
 def _in_order(coming: Iterator[tuple[int, Outcome]], started: float) -> Iterator[Answered]:

@@ -16,7 +16,7 @@ from vprune import VPruneError
 from vprune.eval.engines.engine import make_engine
 from vprune.eval.engines.local import Local
 from vprune.eval.engines.pool import Pool
-from vprune.eval.engines.ray_data import Outcome, _in_order
+from vprune.eval.engines.ray_data import Outcome, _in_order, _portable
 from vprune.eval.predictor import Answer
 from vprune.eval.results import differences
 from vprune.eval.settings import read_jobs
@@ -86,6 +86,15 @@ def test_outcomes_are_put_in_order() -> None:
     assert [one.answers[0].text for one in answered] == ["a", "b", "c", "d"]
     assert sum(one.seconds["total"] for one in answered) < 1.0  # what passed here, not in the workers
     assert sum(one.seconds["generate"] for one in answered) == 2.0
+
+
+def test_a_job_travels_with_paths_that_hold_elsewhere_and_stays_off_gpus_it_does_not_get() -> None:
+    (job,) = read_jobs(["model=embedded"])
+    assert _portable(job, None).model_choice == job.model_choice
+    assert _portable(job, 0).model_choice.device == "cpu"
+    assert _portable(job, 0).shared.is_absolute()
+    (job,) = read_jobs(["device=cuda:1"])
+    assert _portable(job, 0).model_choice.device == "cuda:1"
 
 
 def test_workers_that_run_otherwise_are_refused() -> None:

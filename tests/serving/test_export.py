@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import DynamicCache
 
 import vprune
 from tests.exactness.families import Layout, batch, build
+from tests.exactness.prompts import batch as prompt_batch
 from vprune import VPruneError
 from vprune.models.anatomy import dissect
 from vprune.serving import ImageEmbeds, export_image_embeds
@@ -67,6 +69,13 @@ def test_the_unpruned_model_answers_alike(family: str, options: dict[str, Any]) 
     assert sum(len(rows) for rows in exported.image_embeds) == exported.tokens_after
     assert answered(model, exported) == expected
     assert hook_count(model) == hooks
+
+
+def test_llava_answers_alike(tiny_vlm: Callable[..., Any], tiny_processor: Any) -> None:
+    model, inputs = tiny_vlm(dtype=torch.float64), prompt_batch(tiny_processor, "single", torch.float64)
+    exported = export_image_embeds(model, inputs, method="vision", keep=9)
+    assert [tuple(rows.shape) for rows in exported.image_embeds] == [(9, 32)]
+    assert answered(model, exported) == generated(model, inputs, method="vision", keep=9)
 
 
 def test_rows_kept_and_positions_say_where_they_stood() -> None:
