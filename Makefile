@@ -44,7 +44,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	@$(OFFLINE) $(BIN)/vprune eval -m method=full,random,attention keep=$(KEEP) limit=$(LIMIT) out=$(OUT)
+	@$(OFFLINE) $(BIN)/vprune eval -m method=full,random,attention,learned keep=$(KEEP) limit=$(LIMIT) out=$(OUT)
 	@$(OFFLINE) $(BIN)/vprune eval -m method=attention_max recycle=grid size_aware=true keep=$(KEEP) limit=$(LIMIT) out=$(OUT)
 	@$(OFFLINE) $(BIN)/vprune report $(OUT)
 

@@ -109,7 +109,9 @@ def test_a_finished_run_is_shown_not_repeated(
     assert evaluate("method=random", "limit=8", "out=here") == 0
     before = contents(tmp_path / "here")
     capsys.readouterr()
-    monkeypatch.setattr("vprune.eval.engines.local.load_model", cache(lambda choice: pytest.fail("the model was loaded again")))
+    monkeypatch.setattr(
+        "vprune.eval.engines.local.load_model", cache(lambda choice: pytest.fail("the model was loaded again"))
+    )
     assert evaluate("method=random", "limit=8", "out=here") == 0
     out = capsys.readouterr().out
     assert "finished" in out

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,6 +115,45 @@ def test_index_images_hold_every_mask(count: int, tmp_path: Path) -> None:
     assert index.shape == (20, 30)
     assert set(np.unique(index).tolist()) == set(range(count + 1))
     assert masks.overlay(Image.new("RGB", (30, 20))).width >= 448
+
+
+class Detections:
+    """Takes what `supervision.Detections` takes."""
+
+    def __init__(self, xyxy: Any, mask: Any, confidence: Any, class_id: Any, data: Any) -> None:
+        self.xyxy, self.mask, self.confidence, self.class_id, self.data = xyxy, mask, confidence, class_id, data
+
+
+def test_masks_go_to_supervision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "supervision", None)  # not installed
+    with pytest.raises(VPruneError, match="pip install supervision"):
+        Masks.none((20, 30)).to_supervision()
+    monkeypatch.setitem(sys.modules, "supervision", SimpleNamespace(Detections=Detections))
+    array = np.stack([disc(30, 30, 15), disc(70, 70, 10), disc(20, 70, 8)])
+    masks = Masks.of(array, ["dog", "cat", "dog"], [0.5, 0.9, 0.4])
+    found = masks.to_supervision()
+    assert (found.mask == array).all() and found.mask.dtype == bool
+    assert found.xyxy.tolist() == masks.boxes.tolist() and found.xyxy.shape == (3, 4)
+    assert found.confidence.tolist() == pytest.approx([0.5, 0.9, 0.4])
+    assert found.class_id.tolist() == [0, 1, 0] and found.data["class_name"].tolist() == ["dog", "cat", "dog"]
+    empty = Masks.none((20, 30)).to_supervision()
+    assert empty.xyxy.shape == (0, 4) and empty.mask.shape == (0, 20, 30)
+    assert empty.class_id.dtype.kind == "i" and empty.data["class_name"].dtype.kind == "U"
+
+
+def test_masks_go_to_the_true_supervision() -> None:
+    pytest.importorskip("supervision")
+    found = Masks.of(disc(30, 30, 15)[None], ["dog"], [0.5]).to_supervision()
+    assert len(found) == 1 and len(Masks.none((20, 30)).to_supervision()) == 0
+
+
+def test_masks_of_a_smaller_picture_are_enlarged() -> None:
+    masks = Masks.of(np.stack([disc(30, 30, 15), disc(70, 70, 10)]), ["a", "b"], [0.5, 0.9])
+    large = masks.resized((192, 288))
+    assert large.size == (192, 288) and large.array.shape == (2, 192, 288) and large.names == masks.names
+    assert large.boxes[0] == pytest.approx(masks.boxes[0] * [3, 2, 3, 2], abs=2)
+    assert large.array[0].mean() == pytest.approx(masks.array[0].mean(), abs=0.01)
+    assert masks.resized(masks.size) is masks and Masks.none((2, 3)).resized((4, 6)).array.shape == (0, 4, 6)
 
 
 def test_an_overlay_of_another_image_is_refused() -> None:

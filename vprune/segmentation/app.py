@@ -135,14 +135,12 @@ class Work:
         from hydra.utils import instantiate
 
         from vprune.eval.models import ModelChoice, load, pick_device
-        from vprune.pruner import load_method
         from vprune.segmentation.labels import Labeller, read_categories
         from vprune.segmentation.segment import Session
 
         device = pick_device(config["device"])
         self.recipe = recipe_of(config)
-        method, self.phrase = config["method"]["name"], config["phrase"]
-        pruner = None if method == "full" else load_method(config["method"].get("file", method), keep=config["keep"])
+        self.phrase, pruner = config["phrase"], method_of(config)
         categories = read_categories(config["categories"])
         model = config["model"]
         loaded = load(
@@ -161,6 +159,22 @@ class Work:
         return picture, masks, list(masks.names) if self.labeller is None else self.labeller(masks.names)
 
 
+def method_of(config: Mapping[str, Any]) -> Any:
+    """The `Pruner` of a configuration; None for method=full.
+
+    Raises:
+        VPruneError: a value out of range.
+    """
+    from vprune.eval.settings import changes
+    from vprune.pruner import load_method, read_method
+
+    method = config["method"]
+    if method["name"] == "full":
+        return None
+    source = method.get("file", method["name"])
+    return load_method(source, **{**dict(changes(method, read_method(source))), "keep": config["keep"]})
+
+
 def recipe_of(config: Mapping[str, Any]) -> Any:
     """The `Recipe` of a configuration.
 
@@ -171,7 +185,7 @@ def recipe_of(config: Mapping[str, Any]) -> Any:
 
     from hydra.utils import instantiate
 
-    from vprune.segmentation.segment import Recipe
+    from vprune.segmentation.recipe import Recipe
 
     own = {one.name: config[one.name] for one in fields(Recipe) if one.name not in ("maps", "prompting")}
     return Recipe(**own, maps=_made(instantiate, config["maps"]), prompting=_made(instantiate, config["prompting"]))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from vprune.errors import VPruneError
-from vprune.eval.benchmarks.sample import Sample
+from vprune.eval.benchmarks.sample import Benchmark, Sample
 from vprune.eval.benchmarks.scenes import Scenes
+from vprune.segmentation.memory import Peak
 from vprune.segmentation.metrics import coco_measures, intersection_and_union, mean_iou, overall_iou
+from vprune.segmentation.recipe import Recipe
 
 OPEN, REFER = "open", "refer"
 
@@ -26,7 +29,7 @@ class ScenesSegment:
     """Every image once for everything in it, and every `point to ...` question as a referring expression.
 
     Raises:
-        VPruneError: see `Scenes`, or a recipe with a field that there is not.
+        VPruneError: see `Scenes` and `made_recipe`.
     """
 
     def __init__(
@@ -36,11 +39,11 @@ class ScenesSegment:
         segmenter: str = "embedded",
         segmenter_path: str | None = None,
         empty_union: float = 0,
-        recipe: Mapping[str, Any] | None = None,
+        recipe: Mapping[str, Any] | str | None = None,
     ) -> None:
         self.name, self._scenes = name, Scenes(path, name=name)
         self._segmenter, self._segmenter_path = segmenter, segmenter_path
-        self._empty, self._recipe = float(empty_union), dict(recipe or {})
+        self._empty, self._recipe, self._peak = float(empty_union), made_recipe(recipe), Peak()
         first = next(iter(self._scenes.samples))
         assert isinstance(first.image, Path)
         self._folder = first.image.parent.parent
@@ -102,23 +105,15 @@ class ScenesSegment:
 
     def predictor(self, loaded: Any, method: Any) -> SegmentPredictor:
         """What answers the samples."""
-        from omegaconf import OmegaConf
-
-        from vprune.segmentation.app import configured, recipe_of
-        from vprune.segmentation.segment import Session
-        from vprune.segmentation.segmenters import load_segmenter
-
-        unknown = set(self._recipe) - set(configured([]))
-        if unknown:
-            raise VPruneError(f"benchmark.recipe: there is no {', '.join(sorted(unknown))} in conf/segment.yaml")
-        config: Any = OmegaConf.to_container(OmegaConf.merge(configured([]), self._recipe))
-        recipe = recipe_of(config)
-        segmenter = load_segmenter(self._segmenter, self._segmenter_path, loaded.device)
-        session = Session((loaded.model, loaded.processor), segmenter, recipe, method, str(loaded.device))
-        return SegmentPredictor(self, session)
+        session = session_of(loaded, method, self._segmenter, self._segmenter_path, self._recipe)
+        self._peak = Peak()
+        return SegmentPredictor(self, session, peak=self._peak)
 
     def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """referring_miou, referring_oiou, open_ap, open_ap50 and open_ar100 of the rows of `predictions.jsonl`."""
+        """referring_miou, referring_oiou, open_ap, open_ap50 and open_ar100 of the rows of `predictions.jsonl`.
+
+        And `peak_memory_bytes`, of what this process answered of them; None if it answered nothing.
+        """
         samples = {sample.id: sample for sample in self.samples}
         pairs: list[tuple[int, int]] = []
         found: list[dict[str, Any]] = []
@@ -142,14 +137,76 @@ class ScenesSegment:
             "referring_oiou": overall_iou(pairs, self._empty) if pairs else float("nan"),
             **coco_measures(truth, found),
         }
-        return {key: None if np.isnan(value) else round(value, 6) for key, value in measured.items()}
+        rounded = {key: None if np.isnan(value) else round(value, 6) for key, value in measured.items()}
+        return {**rounded, "peak_memory_bytes": self._peak.bytes}
+
+
+def made_recipe(given: Mapping[str, Any] | str | None) -> Recipe:
+    """The recipe of an entry in conf/recipe/, or of fields of conf/segment.yaml in place of their defaults.
+
+    `maps` may be the name of an entry in conf/maps/, too.
+
+    Raises:
+        VPruneError: there is no such entry or field, or a value is out of range.
+    """
+    from omegaconf import OmegaConf
+
+    from vprune.eval.overrides import entries, unknown
+    from vprune.segmentation.app import configured, recipe_of
+
+    if isinstance(given, str):
+        if given not in entries("recipe"):
+            raise unknown("benchmark.recipe", given, entries("recipe"), ", or fields of conf/segment.yaml")
+        text = (files("vprune.conf") / "recipe" / f"{given}.yaml").read_text(encoding="utf-8")
+        fields: Any = OmegaConf.to_container(OmegaConf.create(text))
+    else:
+        fields = dict(given or {})
+    if not fields:
+        return Recipe()
+    defaults = configured([f"maps={fields.pop('maps')}"] if isinstance(fields.get("maps"), str) else [])
+    if wrong := set(fields) - set(defaults):
+        raise VPruneError(f"benchmark.recipe: there is no {', '.join(sorted(wrong))} in conf/segment.yaml")
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(defaults, fields))
+    recipe: Recipe = recipe_of(merged)
+    return recipe
+
+
+def session_of(
+    loaded: Any,
+    method: Any,
+    segmenter: str,
+    segmenter_path: str | None,
+    recipe: Recipe | Mapping[str, Any] | str | None,
+) -> Any:
+    """The `Session` of a loaded model; `recipe`: one, or what `made_recipe` makes one of.
+
+    Raises:
+        VPruneError: see `made_recipe` and `load_segmenter`.
+    """
+    from vprune.segmentation.segment import Session
+    from vprune.segmentation.segmenters import load_segmenter
+
+    how = recipe if isinstance(recipe, Recipe) else made_recipe(recipe)
+    loaded_segmenter = load_segmenter(segmenter, segmenter_path, loaded.device)
+    return Session((loaded.model, loaded.processor), loaded_segmenter, how, method, str(loaded.device))
 
 
 class SegmentPredictor:
-    """Answers samples with masks, as JSON: a list of segmentation, score and name, best first."""
+    """Answers samples with masks, as JSON: a list of segmentation, score and name, best first.
 
-    def __init__(self, benchmark: ScenesSegment, session: Any) -> None:
-        self.benchmark, self.session = benchmark, session
+    `categories` gives the category ids of names; None: the names stand alone. `peak` is told how much memory the
+    pictures took.
+    """
+
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        session: Any,
+        categories: Callable[[Sequence[str]], Sequence[int]] | None = None,
+        peak: Peak | None = None,
+    ) -> None:
+        self.benchmark, self.session, self.categories = benchmark, session, categories
+        self.peak = peak if peak is not None else Peak()
         self._since = time.perf_counter()
 
     def run(self, batches: Sequence[Sequence[Sample]], workers: int | None = None) -> Iterator[list[Any]]:
@@ -166,7 +223,11 @@ class SegmentPredictor:
         except (OSError, RuntimeError, ValueError) as error:
             return Answer("", None, None, error=f"{type(error).__name__}: {error}")
         found = [{key: one[key] for key in ("segmentation", "score", "name")} for one in masks.to_coco()]
-        return Answer(json.dumps(found), None, None)
+        if self.categories is not None:
+            for one, category in zip(found, self.categories(masks.names), strict=True):
+                one["category_id"] = category
+        self.peak.rise(masks.spent.peak_bytes)
+        return Answer(json.dumps(found), masks.spent.tokens_before, masks.spent.tokens_after)
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds since the last call."""

@@ -22,12 +22,27 @@ _COLOURS = (
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What the masks of one picture took.
+
+    `tokens_before`, `tokens_after`: visual tokens of all its views (the picture and its crops), and those that the
+    layers read after pruning; `seconds`; `peak_bytes`: see `vprune.segmentation.memory`, None where nobody knows.
+    """
+
+    tokens_before: int
+    tokens_after: int
+    seconds: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
 class Masks:
     """M masks in one image, best first; M may be 0.
 
     `size` is (height, width) of the image. `rles` hold the masks in COCO's compressed run lengths, `boxes` float32 [M,
     4] as (x0, y0, x1, y1) in pixels, `names` what they are called, `scores` float32 [M] in 0..1. `points` [K, 2] and
-    `signs` [K] (1 on it, 0 beside it) prompted each mask; `heat` float32 [h, w] is the mean map that they come from.
+    `signs` [K] (1 on it, 0 beside it) prompted each mask; `heat` float32 [h, w] is the mean map that they come from;
+    `spent` is what they took.
 
     Example:
         >>> empty = Masks.none((4, 6))
@@ -43,6 +58,7 @@ class Masks:
     points: tuple[NDArray[np.float32], ...] = ()
     signs: tuple[NDArray[np.float32], ...] = ()
     heat: NDArray[np.float32] | None = field(default=None, repr=False)
+    spent: Spent | None = None
 
     @classmethod
     def none(cls, size: tuple[int, int]) -> Masks:
@@ -94,6 +110,22 @@ class Masks:
             points=tuple(self.points[i] for i in rows) if self.points else (),
             signs=tuple(self.signs[i] for i in rows) if self.signs else (),
         )
+
+    def resized(self, size: tuple[int, int]) -> Masks:
+        """The masks over their image at another size (height, width), enlarged one after the other; points stay."""
+        from PIL import Image
+
+        if size == self.size:
+            return self
+        larger = Masks.none(size)
+        rles = []
+        for rle in self.rles:
+            picture = Image.fromarray(np.ascontiguousarray(coco_mask.decode(rle)) * np.uint8(255))
+            over = np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)) > 127
+            rles.append(coco_mask.encode(np.asfortranarray(over.astype(np.uint8))))
+        boxes = coco_mask.toBbox(rles).reshape(-1, 4).astype(np.float32) if rles else larger.boxes
+        boxes[:, 2:] += boxes[:, :2]
+        return replace(self, size=size, rles=tuple(rles), boxes=boxes)
 
     def without_doubles(self, threshold: float = 0.7) -> Masks:
         """Best first, and none that overlaps a better one by an IoU of more than `threshold`, whatever its name."""

@@ -89,6 +89,11 @@ class Reading:
     maps: Tensor
     tokens: int
 
+    @property
+    def visual_tokens(self) -> tuple[int, int]:
+        """Visual tokens of all images, and how many of them were read."""
+        return sum(len(one.standing.source) for one in self.images), sum(len(one.columns) for one in self.images)
+
     def on_grid(self, image: int = 0) -> Tensor:
         """The maps [R, N] of one image on its full grid: float32 [R, t, h, w]; what was merged shares evenly.
 
@@ -131,10 +136,11 @@ def read(
     ids = inputs["input_ids"]
     if ids.shape[0] != 1:
         raise VPruneError(f"maps are read from one prompt at a time, and {ids.shape[0]} were given")
-    if method is not None and any(layer for layer, _ in method.schedule):
-        raise VPruneError("maps need a method that prunes before the first layer only: leave stages at null")
     anatomy = dissect(model)
     pruning = Pruning(model, method if method is not None else _Whole(keep=1.0, name="whole"))
+    # (The stages of some methods follow from the model's layers.)
+    if any(layer for layer, _ in pruning.pruner.schedule):
+        raise VPruneError("maps need a method that prunes before the first layer only, and leave stages at null")
     watch = _Watch(pruning, anatomy, ids.shape[1], torch.tensor(list(rows)), extractor)
     with pruning, watch.hooked():
         model(**inputs, use_cache=False)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import numpy as np
@@ -236,7 +237,7 @@ def load_segmenter(
     try:
         sam = sam_model_registry[name.removeprefix("sam_")](checkpoint=None)
         sam.load_state_dict(torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True))
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError, UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise VPruneError(f"segmenter_path={path} is no checkpoint of {name} ({reason})") from error
     return SamSegmenter(sam, place, batch=32)
@@ -252,7 +253,7 @@ def _hugging_face(source: str, device: torch.device) -> Segmenter:
         model: Any = (Sam2Model if sam2 else SamModel).from_pretrained(source)
         processor = (Sam2Processor if sam2 else SamProcessor).from_pretrained(source)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise VPruneError(f"segmenter_path={source} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise VPruneError(f"segmenter_path={source} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
     return HuggingFaceSegmenter(model, processor, device)
 
 
