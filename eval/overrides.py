@@ -100,6 +100,7 @@ def _composed(overrides: Sequence[Override], primary: str) -> Composed:
     file = next((_method_file(override) for override in reversed(overrides) if _method_file(override)), None)
     # What a method's file says is no entry of a group: Hydra composes the rest, and its keys are put in afterwards.
     within = [override for override in overrides if file and override.key_or_group.startswith("method.")]
+    _refuse_strangers(overrides, primary)
     lines = [
         line
         for override in overrides
@@ -122,6 +123,22 @@ def _composed(overrides: Sequence[Override], primary: str) -> Composed:
     pairs = (str(override.input_line).partition("=") for override in overrides)
     written = tuple((key.lstrip("+"), value.strip("'\"")) for key, _, value in pairs)
     return Composed({str(key): value for key, value in plain.items()}, written)
+
+
+def _refuse_strangers(overrides: Sequence[Override], primary: str) -> None:
+    """Hydra lets +KEY=VALUE add what nobody reads; below a group it may be an option of a class.
+
+    Raises:
+        VPruneError: such a key.
+    """
+    added = [one.key_or_group for one in overrides if one.is_add() or one.is_force_add()]
+    strangers = [key for key in added if "." not in key and key != "hydra" and key not in GROUPS]
+    if strangers:
+        known = sorted(str(key) for key in compose(primary))
+        if strangers[0] not in known:
+            raise VPruneError(
+                f"there is no option {strangers[0]!r}{_nearest(strangers[0], known)}; there is {', '.join(known)}"
+            )
 
 
 def _lines(override: Override) -> list[str]:

@@ -360,5 +360,10 @@ def _instantiated(instantiate: Any, config: dict[str, Any], name: str) -> Pruner
         # Hydra wraps what a constructor raises; a user's mistake should read as one.
         if isinstance(error.__cause__, VPruneError):
             raise error.__cause__ from None
+        if "locating target" in str(error):
+            raise VPruneError(
+                f"method={name}: {str(error).splitlines()[0]} Is the module's folder on PYTHONPATH, and is the class "
+                "spelt so?"
+            ) from error
         raise
     return pruner

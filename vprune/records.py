@@ -357,7 +357,7 @@ class PruneReport(Sequence[ImageReport]):
         return self._images[index]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in ImageReport.__dataclass_fields__:
+        if name.startswith("_") or not (name in ImageReport.__dataclass_fields__ or name == "mean_tokens"):
             raise AttributeError(f"'PruneReport' has no attribute {name!r}")
         return getattr(self._only(name), name)
 

@@ -82,7 +82,8 @@ def test_a_benchmark_may_be_a_folder(tmp_path: Path) -> None:
     [
         ("method=attentoin", r"method=attentoin is unknown \(did you mean attention\?\); there is attention, "),
         ("model=embeded", r"model=embeded is unknown \(did you mean embedded\?\).*local folder, a hub id"),
-        ("benchmark=nowhere", r"benchmark=nowhere is unknown; there is chair, folder, .*scenes.*samples\.jsonl"),
+        ("+bugdet=sample", r"there is no option 'bugdet' \(did you mean budget\?\)"),
+        ("benchmark=nowhere", r"benchmark=nowhere is unknown; there is chair, .*folder, .*scenes.*samples\.jsonl"),
         ("benchmark=", r"benchmark= is unknown"),
         ("engine=locl", r"did you mean local"),
         ("kep=0.1", r"there is no option 'kep' \(did you mean keep\?\); there is .*keep, layer"),

@@ -75,7 +75,7 @@ class TowerWatch:
         if tiled and self.attention_layer is not None:
             raise VPruneError(
                 f"{type(self.anatomy.base).__name__} cuts pictures into tiles, whose attention cannot be put together "
-                "on the grid that they make yet: choose another method than vision and vflowopt"
+                "on the grid that they make yet: choose a method that does not watch the tower, such as attention_max"
             )
         if self.small_grid is not None:
             if tiled:
@@ -158,7 +158,7 @@ class TowerWatch:
         if self.attention_layer is not None or self.small_grid is not None or self.entropy is not None:
             raise VPruneError(
                 f"{type(tower).__name__} reads pictures of unequal sizes in one row, whose attention cannot be "
-                "watched and whose pixels cannot be resized yet: choose another method than vision, vflowopt or resize"
+                "watched and whose pixels cannot be resized yet: choose another method, such as attention_max or pool"
             )
         call, config = self._next_call(), self.anatomy.config
         grids = [merged_grid(config, h, w) for h, w in sizes.tolist()]
@@ -170,7 +170,7 @@ class TowerWatch:
         if grids is None or self.attention_layer is not None:
             raise VPruneError(
                 f"{type(self.anatomy.tower).__name__} reads packed patches {tuple(pixels.shape)}, "
-                "whose attention cannot be watched yet: choose another method than vision"
+                "whose attention cannot be watched yet: choose a method that does not, such as attention_max"
             )
         sizes: list[tuple[int, int, int]] = [tuple(row) for row in grids.tolist()]
         side = merge_side(self.anatomy.config, 0)
@@ -205,7 +205,7 @@ class TowerWatch:
         if caught.key.shape[0] != len(self._fresh):
             raise VPruneError(
                 f"{type(self.anatomy.tower).__name__} reads {len(self._fresh)} pictures in {caught.key.shape[0]} rows, "
-                "whose attention cannot be told apart yet: choose another method than vision"
+                "whose attention cannot be told apart yet: choose another method, such as attention_max"
             )
         _, h, w = self._fresh[0].grid
         side = self._side

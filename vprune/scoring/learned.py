@@ -68,8 +68,8 @@ class Learned:
         if network is None:
             raise VPruneError(
                 f"method=learned: no scorer ships for {own['name']}. Train one with `vprune train scorer model=ID` and "
-                "give its folder as checkpoint=, or choose a method that needs no training: attention_max, vision, "
-                "vflowopt ..."
+                "give its folder as checkpoint= (on the command line method.scorer.checkpoint=), or choose a method "
+                "that needs no training: attention_max, random, uniform ..."
             )
         differing = difference(network.config.model, own)
         if differing:
