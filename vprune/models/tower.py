@@ -75,7 +75,7 @@ class TowerWatch:
         if tiled and self.attention_layer is not None:
             raise VPruneError(
                 f"{type(self.anatomy.base).__name__} cuts pictures into tiles, whose attention cannot be put together "
-                "on the grid that they make yet: choose a method that does not watch the tower, such as attention_max"
+                "on the grid that they make yet: choose another method, such as attention_max"
             )
         if self.small_grid is not None:
             if tiled:
@@ -170,7 +170,7 @@ class TowerWatch:
         if grids is None or self.attention_layer is not None:
             raise VPruneError(
                 f"{type(self.anatomy.tower).__name__} reads packed patches {tuple(pixels.shape)}, "
-                "whose attention cannot be watched yet: choose a method that does not, such as attention_max"
+                "whose attention cannot be watched yet: choose another method, such as attention_max"
             )
         sizes: list[tuple[int, int, int]] = [tuple(row) for row in grids.tolist()]
         side = merge_side(self.anatomy.config, 0)
