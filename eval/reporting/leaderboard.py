@@ -65,7 +65,7 @@ def _verb(section: Section, best: Entry) -> str:
     """How a run at the top of its budget stands to the others there."""
     if len(section.at(best.budget)) == 1:
         return "is measured alone"
-    return "does best" if section.stands_out(best) else "leads within one standard error"
+    return "does best" if section.stands_out(best) else "leads, but not by two standard errors of the difference"
 
 
 def _sentence(label: str, verb: str, bests: Sequence[Entry]) -> str:

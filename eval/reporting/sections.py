@@ -13,6 +13,7 @@ from vprune.eval.reporting.variants import method_settings
 from vprune.eval.results import Run
 
 FULL = "full"
+_DIFFERING = 8  # answers in which two runs differ; of fewer, a standard error means little
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Section:
         return max(self.at(budget), key=lambda entry: entry.accuracy, default=None)
 
     def stands_out(self, entry: Entry) -> bool:
-        """Whether a run beats all others at its budget that need no annotation, beyond one standard error.
+        """Whether a run beats all others at its budget that need no annotation, beyond two standard errors.
 
         The error is that of the mean difference over the same samples.
         """
@@ -137,6 +138,6 @@ class Gathered:
 
 
 def _leads(entry: Entry, other: Entry) -> bool:
-    """Whether the mean difference of the answers' scores is more than its standard error."""
+    """Whether the mean difference of the answers' scores is more than twice its standard error, and of many answers."""
     lead = [float(row["correct"]) - float(other.answers[id]["correct"]) for id, row in entry.answers.items()]
-    return fmean(lead) > standard_error(lead)
+    return sum(map(bool, lead)) >= _DIFFERING and fmean(lead) > 2 * standard_error(lead)

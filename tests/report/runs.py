@@ -91,7 +91,7 @@ def write_run(
 def write_sweep(folder: Path, samples: int = 40) -> Path:
     """Full, random and attention at three budgets, and attention with recycling at two."""
     write_run(folder / "full", accuracy=0.95, samples=samples)
-    for keep, floor, score in ((0.5, 0.85, 0.8), (0.1, 0.5, 0.6), (0.05, 0.35, 0.4)):
+    for keep, floor, score in ((0.5, 0.6, 0.55), (0.1, 0.4, 0.45), (0.05, 0.35, 0.4)):
         write_run(folder / f"random-{keep}", "random", keep, floor, samples)
         write_run(folder / f"attention-{keep}", "attention", keep, score, samples)
     for keep, score in ((0.5, 0.93), (0.1, 0.86)):

@@ -87,7 +87,7 @@ def test_a_lead_within_the_error_is_not_called_best(tmp_path: Path) -> None:
     write_run(tmp_path / "a", "random", 0.1, 0.5)
     write_run(tmp_path / "b", "uniform", 0.1, 0.5)
     text = report(tmp_path, gallery=0).read_text(encoding="utf-8")
-    assert "leads within one standard error" in text
+    assert "leads, but not by two standard errors of the difference" in text
     assert "best at 10%" not in text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
@@ -78,7 +79,9 @@ def run(source: Path, config: Mapping[str, Any]) -> int:
     paths = images_in(source)
     if not source.is_dir():
         check_image(source)
-    out = Path(str(config["out"])).expanduser() if config["out"] else Path("runs") / "segment" / source.resolve().stem
+    said = re.sub(r"[^\w.+-]+", "_", str(config["phrase"])) if config["phrase"] else None
+    name = source.resolve().stem if said is None else f"{source.resolve().stem}-{said}"
+    out = Path(str(config["out"])).expanduser() if config["out"] else Path("runs") / "segment" / name
     folder = Results(out, source, config)
     left = [path for path in paths if folder.name_of(path) not in folder.rows]
     console = make_console()
@@ -88,7 +91,8 @@ def run(source: Path, config: Mapping[str, Any]) -> int:
         failed = _each(work, folder, left, console, bool(config["overlay"]), alone=not source.is_dir())
     folder.write(config)
     found = sum(len(row["annotations"]) for row in folder.rows.values())
-    console.print(f"{found} masks in {len(folder.rows)} images, written to {out / _RESULT}", soft_wrap=True)
+    images = f"{len(folder.rows)} image{'s' * (len(folder.rows) != 1)}"
+    console.print(f"{found} masks in {images}, written to {out / _RESULT}", soft_wrap=True)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     return 1 if failed else 0

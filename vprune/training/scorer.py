@@ -135,7 +135,7 @@ class _Run:
         # What the backward pass holds of a layer: ten or so rows of the width (more in the MLP), one mask for all.
         rows = text.num_hidden_layers * size * length * (10 * text.hidden_size + 3 * text.intermediate_size)
         need = bytes_each * (rows + 2 * heads * size * length**2)
-        span = f"{wanted.minutes} minutes" if wanted.minutes is not None else f"{wanted.steps} steps"
+        span = f"{wanted.steps} steps" if wanted.steps is not None else f"{wanted.minutes} minutes"
         parameters = sum(part.numel() for part in self.network.parameters())
         told = [
             f"training a scorer of {parameters:,} parameters on {self.device}: {size} questions a step, about {length} "
@@ -150,7 +150,7 @@ class _Run:
         seconds = self._seconds_a_step()
         if seconds is None:
             return
-        steps = int(wanted.steps if wanted.minutes is None else 60 * wanted.minutes / seconds)
+        steps = int(60 * wanted.minutes / seconds if wanted.steps is None else wanted.steps)
         print(f"about {seconds:.1f} s a step: {steps} steps take {steps * seconds / 60:.1f} minutes", flush=True)
         if steps < wanted.warmup:
             print(
@@ -261,7 +261,7 @@ class _Run:
     def progress(self) -> float:
         """Share of the schedule that is done, by the clock or by steps."""
         minutes, steps = self.config.optimizer.minutes, self.config.optimizer.steps
-        done = self.step / steps if minutes is None else self.seconds / (60 * minutes)
+        done = self.step / steps if steps is not None else self.seconds / (60 * minutes)
         return min(1.0, float(done))
 
     def _rate(self) -> float:
