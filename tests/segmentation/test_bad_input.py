@@ -71,7 +71,7 @@ def test_nothing_found_is_a_valid_file(tmp_path: Path, capsys: pytest.CaptureFix
     scene(3)[0].save(image)
     words = [str(image), f"out={out}", "device=cpu", "least=1.0"]
     assert main(["segment", *words, "phrase=the red circle", "categories=[circle,square]"]) == 0
-    assert "0 masks in 1 images" in capsys.readouterr().out
+    assert "0 masks in 1 image," in capsys.readouterr().out
     content = content_of(out)
     assert content["annotations"] == [] and [one["name"] for one in content["categories"]] == ["circle", "square"]
     assert (out / "overlay" / "x.png").is_file()
