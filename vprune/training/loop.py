@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from vprune.errors import VPruneError
 from vprune.eval.scenes import layout
 from vprune.eval.scenes.render import Batch, Painter, pack, photograph_names
 from vprune.training import checkpoint
+from vprune.training.schedule import adamw, follow, warmed_cosine
 from vprune.training.vlm import EVALUATION_SEED, progress_bar
 
 
@@ -64,16 +64,7 @@ class TrainingLoop:
     def __init__(self, config: DictConfig, model: nn.Module, device: torch.device, out: Path) -> None:
         self.config, self.model, self.device, self.out = config, model.to(device).train(), device, out
         self.step, self.seconds = 0, 0.0
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.optimizer.weight_decay},
-                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-            ],
-            lr=config.optimizer.lr,
-            betas=tuple(config.optimizer.betas),
-            fused=device.type == "cuda",
-        )
+        self.optimizer = adamw(model.parameters(), config.optimizer, device)
         self.average = {key: value.detach().clone() for key, value in model.state_dict().items()}
         compiled = bool(config.compile) and device.type == "cuda"
         self.painter = Painter(config.data.photographs, device, compiled=compiled)
@@ -99,9 +90,7 @@ class TrainingLoop:
 
     def learning_rate(self) -> float:
         """Linear warm-up, then half a cosine down to a fiftieth."""
-        warm = min(1.0, (self.step + 1) / self.config.optimizer.warmup)
-        cosine = 0.5 * (1 + math.cos(math.pi * self.progress()))
-        return float(self.config.optimizer.lr * warm * (0.02 + 0.98 * cosine))
+        return warmed_cosine(self.config.optimizer, self.step, self.progress())
 
     def autocast(self) -> Any:
         """Brain-float arithmetic on a GPU, plain float32 on a CPU."""
@@ -158,10 +147,7 @@ class TrainingLoop:
         return DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
 
     def _update_average(self) -> None:
-        decay = min(float(self.config.optimizer.average), self.step / (self.step + 10))
-        state = self.model.state_dict()
-        names = [name for name, value in state.items() if value.is_floating_point()]
-        torch._foreach_lerp_([self.average[n] for n in names], [state[n].detach() for n in names], 1 - decay)
+        follow(self.average, self.model.state_dict(), float(self.config.optimizer.average), self.step)
 
     # -- measuring --------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from vprune.training import checkpoint
 from vprune.training.architecture import build_model, build_processor
 from vprune.training.packed_model import PackedVLM, answer_loss, grounding_loss, patch_labels, patch_loss
 from vprune.training.packing import IGNORE, Packed, PackedScenes
+from vprune.training.schedule import adamw, follow, warmed_cosine
 
 EVALUATION_SEED = 1_000_003
 """The world that progress is measured on: neither the training seeds nor the seed of the shipped split."""
@@ -87,16 +87,7 @@ class _Run:
     def __init__(self, config: DictConfig, packed: PackedVLM, device: torch.device, out: Path) -> None:
         self.config, self.packed, self.device, self.out = config, packed, device, out
         self.step, self.seconds = 0, 0.0
-        parameters = [p for p in packed.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.optimizer.weight_decay},
-                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-            ],
-            lr=config.optimizer.lr,
-            betas=tuple(config.optimizer.betas),
-            fused=device.type == "cuda",
-        )
+        self.optimizer = adamw(packed.parameters(), config.optimizer, device)
         self.average = {k: v.detach().float().clone() for k, v in packed.vlm.state_dict().items()}
         self.painter = Painter(config.data.photographs, device, compiled=config.compile)
         self.forward = torch.compile(self._losses, dynamic=False) if config.compile else self._losses
@@ -143,9 +134,7 @@ class _Run:
 
     def learning_rate(self) -> float:
         """Linear warm-up, then half a cosine down to a fiftieth."""
-        warm = min(1.0, (self.step + 1) / self.config.optimizer.warmup)
-        cosine = 0.5 * (1 + math.cos(math.pi * self.progress()))
-        return float(self.config.optimizer.lr * warm * (0.02 + 0.98 * cosine))
+        return warmed_cosine(self.config.optimizer, self.step, self.progress())
 
     def loop(self) -> None:
         """Trains until the schedule ends; logs, measures and saves on the way."""
@@ -189,10 +178,7 @@ class _Run:
         self.save()
 
     def _update_average(self) -> None:
-        decay = min(float(self.config.optimizer.average), self.step / (self.step + 10))
-        state = self.packed.vlm.state_dict()
-        names = [n for n, v in state.items() if v.is_floating_point()]
-        torch._foreach_lerp_([self.average[n] for n in names], [state[n].detach() for n in names], 1 - decay)
+        follow(self.average, self.packed.vlm.state_dict(), float(self.config.optimizer.average), self.step)
 
     # -- data -------------------------------------------------------------------------------------------------------
 
