@@ -33,8 +33,8 @@ class Stretch:
     """The layers from `first` to the next stage, in which the batch is as long as it is: [B, K].
 
     `index` LongTensor [B, K]: the caller's columns that stand there (-1 = padding), None = all of them; `since` the
-    same among the columns that the decoder was given. `valid` bool [B, K], None when all are; `bias` float32 [B, K]:
-    log sizes, None when they do not count. The last `tail` columns are the caller's last ones in every row.
+    same among the columns that the decoder was given. `valid` bool [B, K], None when all are; `bias` as in
+    `Shortening`, None when sizes do not count. The last `tail` columns are the caller's last ones in every row.
     """
 
     first: int

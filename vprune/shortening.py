@@ -31,9 +31,9 @@ class Shortening:
     """How a batch [B, L] becomes [B, K].
 
     `index` LongTensor [B, K]: the columns that stay, ascending, left-padded with -1; `counts`: how many of each row;
-    `tail`: how many of the last columns are the last ones of the unpruned batch too, in every row; `bias` float32 [B,
-    K]: log sizes, None when nothing is merged or sizes are not to count; all on the device of the batch. `images` are
-    those of the batch, in their new columns.
+    `tail`: how many of the last columns are the last ones of the unpruned batch too, in every row; `bias` [B, K],
+    float32 (float64 for a batch in float64): log sizes, None when nothing is merged or sizes are not to count; all on
+    the device of the batch. `images` are those of the batch, in their new columns.
     """
 
     index: Tensor
@@ -119,6 +119,7 @@ def shorten_batch(prefill: Prefill, selections: Sequence[Selection], size_aware:
     index = torch.full((batch, width + 1), -1, device=device)
     index = index.scatter_(1, column, torch.arange(length, device=device).expand(batch, -1))[:, :width]
     images, merges, bias = list(prefill.images), [], None
+    exact = torch.promote_types(prefill.hidden.dtype, torch.float32)
     tail = length
     for numbers, one, rows, places, chosen in laid:
         new = column.flatten()[chosen]
@@ -128,9 +129,9 @@ def shorten_batch(prefill: Prefill, selections: Sequence[Selection], size_aware:
             if one.shares is not None:
                 merges.append(_merges(one, one.shares, places, targets))
             if size_aware:
-                bias = torch.zeros(batch * width, device=device) if bias is None else bias
+                bias = torch.zeros(batch * width, device=device, dtype=exact) if bias is None else bias
                 counted = one.sizes if one.mass is None else one.mass
-                bias.scatter_(0, targets, counted.flatten().float().log())
+                bias.scatter_(0, targets, counted.flatten().to(exact).log())
         for number, own in zip(numbers, new.unbind(), strict=True):
             image, selection = images[number], selections[number]
             standing = selection if image.standing is None else image.standing.then(selection)

@@ -7,6 +7,7 @@ to the mask.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def without_pruned(
                 importance = report.importance.flatten()[report.source == row] if told else None
                 embeds[report.sample, column] = mean_of(sight.embeds[report.sample, members], importance)
             if size_aware:
-                bias[report.sample, column] = float(torch.log(torch.tensor(len(members), dtype=torch.float32)))
+                bias[report.sample, column] = math.log(len(members))
     return Sight(embeds, seen, bias)
 
 

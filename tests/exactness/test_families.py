@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -89,7 +90,7 @@ def masked(
             if len(members) > 1:
                 merges.append((report.sample, int(columns[place]), members))
             if size_aware:
-                bias[report.sample, columns[place]] = torch.tensor(float(len(members))).log()
+                bias[report.sample, columns[place]] = math.log(len(members))
 
     def merged(hidden: Tensor) -> Tensor:
         own = hidden.clone()

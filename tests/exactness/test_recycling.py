@@ -20,7 +20,7 @@ from vprune.records import Selection
 from vprune.recycling import Recycler
 
 TOKENS = GRID * GRID
-TOLERANCE = {torch.float64: 2e-6, torch.float32: 1e-4}  # log sizes are float32 whatever the model: 1e-7 of log 4
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 LIKENESS: dict[str, dict[str, Any]] = {
     "nearest": {"recycle": "nearest", "distance": 0.0},
     "nearest, not far": {"recycle": "nearest", "distance": 2.0},

@@ -95,7 +95,7 @@ def masked_by_stages(
                 seen[report.sample, places] = False
                 seen[report.sample, places[done[-1].kept]] = True
                 if size_aware:
-                    bias[report.sample, places[done[-1].kept]] = done[-1].sizes.float().log().double()
+                    bias[report.sample, places[done[-1].kept]] = done[-1].sizes.double().log()
         if "sliding_attention" in (getattr(text.config, "layer_types", None) or ()):  # pictures see both ways there
             allowed = given & (seen[:, None, None] | torch.eye(total, dtype=torch.bool))
         else:

@@ -47,7 +47,7 @@ def without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 class StoredRows:
     """What is known of the first V rows that a cache layer stores; all later rows are valid and unmerged.
 
-    `valid` bool [B, V] (False: padding), None when all are; `bias` [B, V] float32, the log size of merged rows, None
+    `valid` bool [B, V] (False: padding), None when all are; `bias` [B, V] float32 or 64, log size of merged rows, None
     when there is none. `floor` stored rows at the start may not be cropped one by one, since rows among them were
     dropped. `columns` LongTensor [B, V]: where they stood among all tokens seen, for layers that look back a limited
     way (None elsewhere, and where nothing was dropped).

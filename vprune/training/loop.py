@@ -19,7 +19,7 @@ from vprune.errors import VPruneError
 from vprune.eval.scenes import layout
 from vprune.eval.scenes.render import Batch, Painter, pack, photograph_names
 from vprune.training import checkpoint
-from vprune.training.schedule import adamw, follow, warmed_cosine
+from vprune.training.schedule import adamw, follow, spare_the_host, warmed_cosine
 from vprune.training.vlm import EVALUATION_SEED, progress_bar
 
 
@@ -209,5 +209,6 @@ def begin(config: DictConfig, recipe: str) -> tuple[Path, torch.device]:
     if device.type == "cpu":
         print(f"Training {recipe} on a CPU: the recipe is laid out for minutes on a GPU and takes hours here.")
     torch.set_float32_matmul_precision("high")
+    spare_the_host(device)
     torch.manual_seed(int(config.seed))
     return out, device

@@ -36,3 +36,13 @@ def follow(average: Mapping[str, Tensor], state: Mapping[str, Tensor], decay: fl
     names = [name for name, value in state.items() if value.is_floating_point()]
     share = 1 - min(decay, step / (step + 10))
     torch._foreach_lerp_([average[name] for name in names], [state[name].detach() for name in names], share)
+
+
+def spare_the_host(device: torch.device) -> None:
+    """Where a GPU does the arithmetic, keep the host's own on few threads.
+
+    The painting thread, the backward thread and the loader's workers would each spread small operations over all cores
+    and wait for one another: reading 512 prompts took 400 ms on 32 cores, and takes 10 ms on one.
+    """
+    if device.type == "cuda":
+        torch.set_num_threads(1)

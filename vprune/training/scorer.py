@@ -25,6 +25,7 @@ from vprune.training.labels import FOLDER as LABELS
 from vprune.training.labels import Labelled, label
 from vprune.training.prompts import Answered, Painted, read_prompt, refuse_untrainable
 from vprune.training.questions import ANSWERS, LONGEST, Questions, load_model
+from vprune.training.schedule import spare_the_host
 
 OBJECTIVES = ("effect", "relevance")
 EVALUATION_SEED = 1_000_003
@@ -79,6 +80,7 @@ class _Run:
                 "questions=FOLDER, one with samples.jsonl and the images it names"
             )
         torch.set_float32_matmul_precision("high")
+        spare_the_host(self.device)
         torch.manual_seed(config.seed)
         self.first = next(self._batches(0, 2))
         self.first_prompt = read_prompt(self.model, self.first.inputs)
