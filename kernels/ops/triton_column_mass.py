@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vprune.errors import VPruneError
 from vprune.kernels import triton_column_mass_passes as passes
-from vprune.kernels.triton_launch import INTERPRETED, on_device_of
+from vprune.kernels.triton_launch import INTERPRETED, on_device_of, operation
 
 _MOST_WIDTH = 256
 # Scores of so few lines are written and read again for less than the keys weigh: 8 bytes a line and key, against 2 D
@@ -45,7 +45,7 @@ class _Blocks(NamedTuple):
         return {"num_warps": 8, "num_stages": 2} | ({"maxnreg": 128} if fits_twice else {})
 
 
-@torch.library.custom_op("vprune::column_mass", mutates_args=())
+@operation("vprune::column_mass")
 def _column_mass(
     query: Tensor,
     key: Tensor,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vprune.kernels.triton_launch import as_words, on_device_of, row_block
+from vprune.kernels.triton_launch import as_words, on_device_of, operation, row_block
 
 _TILE_BYTES = (
     16384  # a program's share: 128 threads with eight loads of 16 bytes in flight each hide the memory's delay
@@ -117,7 +117,7 @@ def _launch(
     return out, positions_out, masks_out
 
 
-@torch.library.custom_op("vprune::compact", mutates_args=())
+@operation("vprune::compact")
 def _compact(tokens: Tensor, index: Tensor) -> Tensor:
     return _launch(tokens, index)[0]
 
@@ -127,7 +127,7 @@ def _(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.new_empty((*index.shape, tokens.shape[2]))
 
 
-@torch.library.custom_op("vprune::compact_batch", mutates_args=())
+@operation("vprune::compact_batch")
 def _compact_batch(
     tokens: Tensor, index: Tensor, positions: Tensor, masks: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

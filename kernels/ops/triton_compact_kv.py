@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vprune.kernels.triton_launch import as_words, on_device_of, row_block
+from vprune.kernels.triton_launch import as_words, on_device_of, operation, row_block
 
 _TILE_BYTES = 8192
 _MOST_ROWS = 64
@@ -65,7 +65,7 @@ def _gather_cache(
     tl.store(targets, found, mask=inside[:, None] & (d < width)[None, :])
 
 
-@torch.library.custom_op("vprune::compact_kv", mutates_args=())
+@operation("vprune::compact_kv")
 def _compact_kv(keys: Sequence[Tensor], values: Sequence[Tensor], index: Tensor) -> Tensor:
     keys, values = _alike(keys), _alike(values)
     (batch, groups, _, width), places, layers = keys[0].shape, index.shape[1], len(keys)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vprune.kernels.triton_launch import on_device_of, row_block
+from vprune.kernels.triton_launch import on_device_of, operation, row_block
 
 _UNROLL = 8  # rows whose loads are in flight at once
 _WARP_BYTES = 512  # 32 threads with loads of 16 bytes
@@ -47,7 +47,7 @@ def _sum_groups(
     tl.store(out + group * width + d, total.to(out.dtype.element_ty), mask=within)
 
 
-@torch.library.custom_op("vprune::recycle", mutates_args=())
+@operation("vprune::recycle")
 def _recycle(tokens: Tensor, source: Tensor, lengths: Tensor, weights: Tensor) -> Tensor:
     groups, width, size = lengths.shape[0], tokens.shape[1], tokens.element_size()
     out = torch.empty((groups, width), dtype=tokens.dtype, device=tokens.device)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vprune.kernels.reference import chosen_width
-from vprune.kernels.triton_launch import on_device_of
+from vprune.kernels.triton_launch import on_device_of, operation
 
 _LONGEST = 65536  # a row stays in one program's registers
 
@@ -76,7 +76,7 @@ def _select_row(
         tl.store(own + first + column, tl.full([BLOCK], -1, tl.int64), mask=first + column < width - taken)
 
 
-@torch.library.custom_op("vprune::select", mutates_args=())
+@operation("vprune::select")
 def _select(
     scores: Tensor, counts: Tensor | None, count: int, width: int, ties: Tensor | None, valid: Tensor | None
 ) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -220,8 +221,10 @@ def _lined(
     for row in range(newlines.shape[0]):
         blocks: list[tuple[Tensor, Grid, int]] = []
         for number, places in enumerate(kinds):
-            columns = places[row].nonzero().squeeze(-1)
-            ends: list[int] = newlines[row, columns].nonzero().squeeze(-1).tolist()
+            # In numpy: torch would wake all cores for each of these, and the device has nothing to do meanwhile.
+            own = np.flatnonzero(places[row].numpy())
+            ends: list[int] = np.flatnonzero(newlines[row].numpy()[own]).tolist()
+            columns = torch.from_numpy(own)
             if (ends[-1] + 1 if ends else 0) != columns.numel():
                 raise _no_whole_images(anatomy, [columns.numel()], whole)
             start = 0
