@@ -68,7 +68,7 @@ _MEANINGS = {
     "backend": "auto, triton or torch; one asked for by name never falls back",
     "compile": "true or false: also time torch.compile of the torch expression (true on cuda)",
     "repeats": "how often every call is timed",
-    "commit": "what to record where the source is no git checkout",
+    "commit": "what to record in place of what git says of the source",
 }
 
 
@@ -170,7 +170,7 @@ def bench_kernels(options: Options) -> int:
             rows.append(measured(case, device, options, compiling))
             print(line_of(rows[-1]), flush=True)
     environment = describe(device, options.dtype, None)
-    environment["git_commit"] = environment["git_commit"] or options.commit
+    environment["git_commit"] = options.commit or environment["git_commit"]
     folder = Path(options.out)
     write(folder, Row, rows, environment | {"options": asdict(options) | {"device": str(device), "size": size}})
     print(f"wrote {folder / 'bench.csv'} and {folder / 'bench.json'}")

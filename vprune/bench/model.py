@@ -63,7 +63,7 @@ MEANINGS = {
     "measure": "prefill, answer, or both",
     "repeats": "how often a prefill is timed; an answer half as often",
     "minutes": "begin no further cell after so many minutes, cells with bounds of their own first",
-    "commit": "what to record where the source is no git checkout",
+    "commit": "what to record in place of what git says of the source",
 }
 _CHOICES = {
     "device": ("cuda", "cpu"),
@@ -167,7 +167,7 @@ class ModelBench:
         vprune.prune(self.sides["pruned"].model, self.pruner(self.work[0][0].keep))  # refused here, not after a cell
         self.rows: list[Row] = []
         environment = describe(device, options.dtype, None)
-        environment["git_commit"] = environment["git_commit"] or options.commit
+        environment["git_commit"] = options.commit or environment["git_commit"]
         self.environment = environment | {
             "options": asdict(options) | {"device": str(device), "size": "tiny" if tiny else "full"},
             "parameters": sum(part.numel() for part in model.parameters()),
