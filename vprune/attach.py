@@ -165,8 +165,10 @@ class Pruning:
         if self._attached:
             _PRUNED.discard(self._anatomy.base)
             self._attached = False
-            if logical(getattr(self._model, "_cache", None)) is not None:
-                del self._model._cache  # a static cache that `generate` keeps for its next call
+            # A static cache that `generate` keeps for its next call: on the model, or on what an adapter holds.
+            for part in self._model.modules():
+                if logical(vars(part).get("_cache")) is not None:
+                    del part._cache
         self._remove_hooks()
 
     def _remove_hooks(self) -> None:

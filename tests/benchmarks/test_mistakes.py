@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.benchmarks import made
+from tests.json_files import change
 from vprune import VPruneError
 from vprune.eval.benchmarks.answers import score_file
 from vprune.eval.benchmarks.chair import Chair
@@ -20,19 +20,6 @@ from vprune.eval.benchmarks.scienceqa import ScienceQa
 from vprune.eval.benchmarks.videomme import VideoMme
 from vprune.eval.benchmarks.vizwiz import VizWizGrounding
 from vprune.eval.benchmarks.vqa import TextVqa, VqaV2
-
-
-def change(file: Path, *path: str | int, to: Any = None) -> None:
-    """Set (or, with None, take away) one value of a JSON file."""
-    content = json.loads(file.read_text())
-    owner = content
-    for key in path[:-1]:
-        owner = owner[key]
-    if to is None:
-        del owner[path[-1]]
-    else:
-        owner[path[-1]] = to
-    file.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from packaging import version
 from torch import Tensor, nn
 
 import vprune
@@ -102,12 +100,6 @@ def test_an_adapter_is_the_model_that_it_wraps(tiny_processor: Any) -> None:
         pass
 
 
-@pytest.mark.xfail(
-    version.parse(transformers.__version__) < version.parse("5.17"),
-    raises=AttributeError,
-    strict=True,
-    reason="transformers < 5.17 keeps the cache on the model inside the adapter",
-)
 def test_an_adapter_with_a_static_cache(tiny_processor: Any) -> None:
     model, inputs, how = made("llava"), padded(tiny_processor, "llava"), METHODS["attention"]
     alone, full = pruned(model, inputs, how, **STATIC), said(model, inputs, **STATIC)

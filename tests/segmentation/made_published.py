@@ -17,19 +17,6 @@ from tests.segmentation.made import scene
 from vprune.segmentation.coco import Coco
 
 
-def change(file: Path, *path: str | int, to: Any = None) -> None:
-    """Set (or, with None, take away) one value of a JSON file."""
-    content = json.loads(file.read_text())
-    owner = content
-    for key in path[:-1]:
-        owner = owner[key]
-    if to is None:
-        del owner[path[-1]]
-    else:
-        owner[path[-1]] = to
-    file.write_text(json.dumps(content))
-
-
 def rle_of(mask: np.ndarray) -> dict[str, Any]:
     """A mask in compressed run lengths, as JSON holds them."""
     rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.segmentation.made_published import change, made_coco, made_lvis, made_refs, perfect, segmented
+from tests.json_files import change
+from tests.segmentation.made_published import made_coco, made_lvis, made_refs, perfect, segmented
 from vprune.errors import VPruneError
 from vprune.segmentation.coco import Coco
 from vprune.segmentation.finished import score_annotations
