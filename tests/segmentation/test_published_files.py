@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from tests.segmentation.made import scene
 from tests.json_files import change
+from tests.segmentation.made import scene
 from tests.segmentation.made_published import MADE, made_coco, made_lvis, made_refs, perfect, rle_of, segmented
 from vprune.cli import main
 from vprune.errors import VPruneError
