@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from vprune.errors import VPruneError
 from vprune.records import Grid, VisualTokens
 from vprune.selection import spread_order
 
-BUDGETS = ("image", "sample", "frame")
+BUDGETS = ("image", "sample", "frame", "question")
 Stage = tuple[int, float | int]
 """A decoder layer, and what of every image is left when it is entered."""
 
@@ -26,20 +26,35 @@ class Budget:
 
     `keep` is a fraction of the tokens or a token count: of every picture with per="image", of every frame with
     per="frame", the mean over a sample's pictures with per="sample", where the images of a sample compete: the most
-    important tokens stay, wherever they are.
+    important tokens stay, wherever they are. With per="question" it is the mean over questions: `shares` says what
+    every image gets of its tokens.
     """
 
     keep: float | int
     per: str = "image"
     minimum: int = 1
 
-    def rows_of(self, images: Sequence[VisualTokens], maps: Sequence[Tensor | None]) -> list[int]:
+    def rows_of(
+        self,
+        images: Sequence[VisualTokens],
+        maps: Sequence[Tensor | None],
+        shares: Callable[[float], Sequence[float]] | None = None,
+    ) -> list[int]:
         """The number of rows that stay of each image; `maps` are their importances float32 [N], or None.
+
+        `shares`, for per="question", turns a fraction that stays in the mean into those of the images.
 
         Raises:
             VPruneError: a token count above what there is, or a later stage that would keep more than is left.
         """
-        if self.per == "frame":
+        if self.per == "question":
+            assert shares is not None
+            sizes = [math.prod(image.grid) for image in images]
+            counts = [count_of(self.keep, size, [image.grid]) for size, image in zip(sizes, images, strict=True)]
+            mean = self.keep if isinstance(self.keep, float) else sum(counts) / max(1, sum(sizes))
+            given = zip(shares(mean), sizes, strict=True)
+            rows = [min(size, max(self.minimum, count_of(share, size, []))) for share, size in given]
+        elif self.per == "frame":
             rows = [image.grid[0] * self._of(math.prod(image.grid[1:]), [image.grid]) for image in images]
         else:
             rows = [0] * len(images)

@@ -49,7 +49,8 @@ class Pruner:
         stages: the decoder layers before which tokens are pruned, each alone (to `keep`) or as [layer, keep], where
             keep is of the image's own tokens; None = before the first layer.
         budget: what `keep` is of: every "image", every "frame" of a video, or a "sample"'s images together, of which
-            the most important tokens stay wherever they are.
+            the most important tokens stay wherever they are; with "question", it is the mean over many questions, each
+            of which gets the tokens that its answer needs, as far as a learned scorer can tell.
         minimum: at least so many tokens stay of every image (of every frame with budget="frame").
         name: the method's name, for reports.
 
@@ -85,6 +86,11 @@ class Pruner:
             raise VPruneError(f"size_aware={self.size_aware!r}: give true or false")
         if self.budget not in BUDGETS:
             raise VPruneError(f"budget={self.budget!r}: choose one of {', '.join(BUDGETS)}")
+        if self.budget == "question" and not hasattr(self.scorer, "shares"):
+            raise VPruneError(
+                f"budget='question': {self.name or type(self.scorer).__name__} cannot tell how many tokens a question "
+                "needs; method=learned can, or give budget=image"
+            )
         if isinstance(self.minimum, bool) or not isinstance(self.minimum, int) or self.minimum < 1:
             raise VPruneError(f"minimum={self.minimum!r}: give a number of tokens, at least 1")
         checked_stages(self.stages, self.keep)
@@ -105,7 +111,10 @@ class Pruner:
             VPruneError: not for this one.
         """
         binds = getattr(self.scorer, "bound", None)
-        return self if binds is None else replace(self, scorer=binds(anatomy))
+        if binds is None:
+            return self
+        told = {"demand": True} if self.budget == "question" else {}
+        return replace(self, scorer=binds(anatomy, **told))
 
     def with_keep(self, keep: float | int) -> Pruner:
         """The same method with another budget."""
@@ -139,13 +148,22 @@ class Pruner:
             for one, image in zip(self.scorer(prefill), prefill.images, strict=True)
         ]
 
+    def rows(self, prefill: Prefill, maps: Sequence[Tensor | None], keep: float | int) -> list[int]:
+        """How many rows stay of every image.
+
+        Raises:
+            VPruneError: the budget is more than an image has.
+        """
+        shares = getattr(self.scorer, "shares", None) if self.budget == "question" else None
+        return Budget(keep, self.budget, self.minimum).rows_of(prefill.images, maps, shares)
+
     def plan(self, prefill: Prefill, maps: Sequence[Tensor | None], keep: float | int) -> list[Selection]:
         """Decide for every image of a prefill whose importance maps are `maps`.
 
         Raises:
             VPruneError: the budget is more than an image has.
         """
-        rows = Budget(keep, self.budget, self.minimum).rows_of(prefill.images, maps)
+        rows = self.rows(prefill, maps, keep)
         alike: dict[tuple[Grid, int, int, bool], list[int]] = {}
         for number, (image, budget) in enumerate(zip(prefill.images, rows, strict=True)):
             alike.setdefault((image.grid, len(image), budget, image.standing is None), []).append(number)

@@ -16,8 +16,10 @@ from tests.conftest import build_model, build_processor, picture
 from tests.exactness import families, processors
 from vprune import VPruneError
 from vprune.cli import main
+from vprune.eval.benchmarks.folder import Folder
 from vprune.eval.models import LoadedModel
-from vprune.training import labels, questions
+from vprune.scoring.network import ScorerNetwork
+from vprune.training import demand, labels, questions, scorer
 from vprune.training.checkpoint import claim
 from vprune.training.cli import configured
 from vprune.training.labels import Labelled, name_of, relevance_of_images
@@ -144,6 +146,48 @@ def test_any_family_learns_from_a_folder(
     other = build_model(width=48)
     with pytest.raises(VPruneError, match=r"trained for another model: .*hidden_size=32, this one has hidden_size=48"):
         vprune.prune(other, method="learned", checkpoint=str(out / "scorer"))
+
+
+def test_what_questions_need_is_learnt_behind_the_scores(
+    command: Callable[..., list[str]],
+    model_folder: Callable[[str], Path],
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in (demand, scorer):
+        monkeypatch.setattr(module, "LEAST", 8)
+    assert main(["train", "scorer", *command("demand.rounds=2", "demand.levels=[0.1,0.4,1.0]")]) == 0
+    out = tmp_path / "run"
+    assert "answers are watched at 3 budgets" in capsys.readouterr().out
+    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert last["watched"] == 10 and last["same_at"]["1.0"] == 1.0  # with everything kept the answer is the model's own
+    first = ScorerNetwork.load(out / "scorer")
+    assert first.config.levels == (0.1, 0.4, 1.0)
+
+    words = command("objective=demand", f"start_from={out / 'scorer'}", "demand.levels=[0.1,0.3,0.5,1.0]", out="again")
+    assert main(["train", "scorer", *words, "network.channels=[8,8,4]"]) != 0
+    assert "its network is another (" in capsys.readouterr().err
+    assert main(["train", "scorer", *words]) == 0
+    again = ScorerNetwork.load(tmp_path / "again" / "scorer")
+    assert again.config.levels == (0.1, 0.3, 0.5, 1.0)
+    for name, value in first.state_dict().items():  # what scores tokens is as it was
+        assert name.startswith("demand.") or torch.equal(value, again.state_dict()[name])
+    loaded = loaded_of(model_folder, "llava")
+    some = dict(Questions(loaded, str(folder), 3, tmp_path).predictor.prepare(Folder(str(folder)).samples[:3]).inputs)
+    asked = {"keep": 0.35, "budget": "question", "checkpoint": str(tmp_path / "again" / "scorer")}
+    if again.config.prices:
+        with vprune.prune(loaded.model, method="learned", **asked) as pruning:
+            loaded.model.generate(**some, max_new_tokens=2)
+        assert {one.tokens_after for one in pruning.last or []} <= {3, 10, 12, 18, 36}
+
+
+def test_nothing_to_learn_demand_from(command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "scorer", *command("objective=demand")]) != 0
+    assert "give its folder as start_from= (it is None)" in capsys.readouterr().err
+    assert main(["train", "scorer", *command("objective=demand", "start_from=nowhere")]) != 0
+    assert "nowhere holds no whole scorer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl"])

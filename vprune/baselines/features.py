@@ -10,7 +10,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vprune.budgets import Budget
 from vprune.errors import VPruneError
 from vprune.pruner import Pruner
 from vprune.records import Prefill, Selection, VisualTokens, instruction_rows
@@ -122,10 +121,6 @@ class FeaturePruner(Pruner):
                 f"budget='frame': {type(self).__name__} merges tokens of all frames of a video; give budget='image', "
                 "or recycle=nearest, grid, weighted or anchors in place of its own merging"
             )
-
-    def rows(self, prefill: Prefill, maps: Sequence[Tensor | None], keep: float | int) -> list[int]:
-        """How many rows stay of every image."""
-        return Budget(keep, self.budget, self.minimum).rows_of(prefill.images, maps)
 
     def order(self, look: Look, budget: int) -> Tensor:
         """The numbers of all N tokens, LongTensor [N]: the first `budget` are the choice."""

@@ -19,8 +19,14 @@ _READERS = ((8, 16, 24), (4, 8, 24), (2, 8, 16), (2, 4, 16), (1, 4, 8))
 class Untrained(Learned):
     """`Learned` with a network of random weights that fits the model; its maps mean nothing, its time does."""
 
-    def bound(self, anatomy: Anatomy) -> Untrained:
-        """The same with a network for this model, reading as much of the rows as its size allows."""
+    def bound(self, anatomy: Anatomy, demand: bool = False) -> Untrained:
+        """The same with a network for this model, reading as much of the rows as its size allows.
+
+        Raises:
+            VPruneError: it should tell how many tokens a question needs, which random weights cannot.
+        """
+        if demand:
+            raise VPruneError("budget=question: random weights cannot tell what a question needs; give budget=image")
         text: Any = anatomy.decoder.config
         shape: dict[str, Any] = {"heads": text.num_attention_heads, "model": identity_of(anatomy)}
         other = Untrained()

@@ -16,7 +16,7 @@ from vprune.models.anatomy import Anatomy
 from vprune.models.aside import sent
 from vprune.models.probe import layer_attention, past_bias, stored_and_new_valid
 from vprune.records import Grid, Prefill, VisualTokens, instruction_rows, together
-from vprune.scoring.network import ScorerNetwork, attention_statistics, same_grid
+from vprune.scoring.network import ScorerNetwork, attention_statistics, same_grid, shares_at, summary
 
 _SIGNATURE = 16  # numbers of the embedding table that tell one model from another of the same shape
 _ALIKE = 0.05  # how far they may differ, as a share of their size: rounding to 8 bits passes, other weights do not
@@ -51,17 +51,20 @@ class Learned:
 
     def __post_init__(self) -> None:
         self.network: ScorerNetwork | None = None
+        self._demand: list[Tensor] | None = None  # log odds of every image of the last prefill, where they are wanted
 
     @property
     def layer(self) -> int:
         """The decoder layer whose attention is read: the one map serves every stage after it."""
         return 0 if self.network is None else self.network.config.layer
 
-    def bound(self, anatomy: Anatomy) -> Learned:
+    def bound(self, anatomy: Anatomy, demand: bool = False) -> Learned:
         """The same with its network loaded, beside the decoder's input embeddings.
 
+        `demand`: `shares` will be asked for.
+
         Raises:
-            VPruneError: there is no scorer for this model.
+            VPruneError: there is no scorer for this model, or it cannot tell what it is asked for.
         """
         own = identity_of(anatomy)
         network = _shipped_for(own) if self.checkpoint is None else ScorerNetwork.load(self.checkpoint)
@@ -77,8 +80,13 @@ class Learned:
                 f"checkpoint={self.checkpoint}: this scorer was trained for another model: {differing}. "
                 "Train one with `vprune train scorer model=ID`"
             )
+        if demand and not network.config.prices:
+            raise VPruneError(
+                "budget=question: this scorer was trained to say which tokens matter, but not how many a question "
+                "needs; teach it with `vprune train scorer objective=demand start_from=FOLDER`, or give budget=image"
+            )
         other = Learned(self.checkpoint)
-        other.network = network.float()
+        other.network, other._demand = network.float(), [] if demand else None
         return other
 
     @torch.no_grad()
@@ -98,12 +106,28 @@ class Learned:
             network.to(prefill.hidden.device)
         features = read_features(prefill, network.config.layer)
         maps: dict[int, Tensor] = {}
+        odds: dict[int, Tensor] = {}
         for grid, numbers in same_grid([image.grid for image in prefill.images]).items():
-            scores = network(*features.of([prefill.images[n] for n in numbers], grid))
+            scores, channels, asked = network.seen(*features.of([prefill.images[n] for n in numbers], grid))
             maps |= dict(zip(numbers, scores.softmax(-1), strict=True))
+            if self._demand is not None:
+                odds |= dict(zip(numbers, network.demand(summary(scores, channels, asked)), strict=True))
+        self._demand = None if self._demand is None else [odds[number] for number in sorted(odds)]
         if not prefill.hidden.is_cuda:  # (a look at what a GPU is still working at would hold the decoder up)
             _refuse_nonsense(prefill, maps)
         return [maps[number] for number in range(len(prefill.images))]
+
+    def shares(self, keep: float) -> list[float]:
+        """What every image of the last prefill gets of its tokens, where `keep` of all stay in the mean over questions.
+
+        The network tells how likely the answer is to stay at each of some budgets, and tokens go to where they do most,
+        see `vprune.scoring.network.shares_at`. The host waits for the device here.
+        """
+        assert self.network is not None and self._demand is not None
+        price = self.network.price_of(keep)
+        if price is None or not self._demand:
+            return [keep] * len(self._demand)
+        return shares_at(torch.stack(self._demand), self.network.config.levels, price).tolist()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ class ScorerConfig:
         channels: of each convolution, first to last; `kernels`: their sizes; `dilations`: their spacings.
         matches: learned heads that compare question rows with visual rows, `match_width` wide each.
         contents: channels read off the visual rows.
+        levels: shares of an image's tokens, rising, for each of which the network tells how likely the answer is to
+            stay what it is; none = it does not.
+        prices: (keep, price) pairs, keep rising: what a token must be worth where `keep` of all tokens stay in the mean
+            over questions, see `ScorerNetwork.shares_for`.
         model: what the scorer was trained for, as `vprune.scoring.learned.identity_of` tells it.
         recipe: how it was trained, for the record.
     """
@@ -48,12 +53,16 @@ class ScorerConfig:
     matches: int = 8
     match_width: int = 16
     contents: int = 24
+    levels: tuple[float, ...] = ()
+    prices: tuple[tuple[float, float], ...] = ()
     model: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("channels", "kernels", "dilations"):
             object.__setattr__(self, name, tuple(int(n) for n in getattr(self, name)))
+        object.__setattr__(self, "levels", tuple(float(level) for level in self.levels))
+        object.__setattr__(self, "prices", tuple((float(keep), float(price)) for keep, price in self.prices))
         if self.layout not in ("grid", "line"):
             raise VPruneError(f"layout={self.layout!r}: choose grid or line")
         if not len(self.channels) == len(self.kernels) == len(self.dilations) >= 1:
@@ -63,6 +72,8 @@ class ScorerConfig:
             )
         if any(size % 2 == 0 for size in self.kernels):
             raise VPruneError(f"kernels={list(self.kernels)}: give odd sizes, so that a token lies in the middle")
+        if any(not low < high for low, high in pairwise((0.0, *self.levels))) or max(self.levels, default=0) > 1:
+            raise VPruneError(f"levels={list(self.levels)}: give rising shares of the tokens, in (0, 1]")
 
 
 class Convolution(nn.Module):
@@ -102,6 +113,41 @@ class Convolution(nn.Module):
         return result
 
 
+class Demand(nn.Module):
+    """Tells from the summary of an image and its question how likely the answer is to stay, at each of some budgets."""
+
+    def __init__(self, inputs: int, levels: Sequence[float], width: int = 96) -> None:
+        super().__init__()
+        self.center = nn.Buffer(torch.zeros(inputs))
+        self.spread = nn.Buffer(torch.ones(inputs))
+        self.entry = nn.Linear(inputs, width)
+        self.drop = nn.Dropout(0.1)
+        self.exit = nn.Linear(width, len(levels))
+
+    def forward(self, summary: Tensor) -> Tensor:
+        """[I, S] -> the log odds [I, J] that the answer is still the same at each of J levels."""
+        odds: Tensor = self.exit(self.drop(silu(self.entry((summary - self.center) / self.spread))))
+        return odds
+
+
+def summary(scores: Tensor, channels: Tensor, asked: Tensor | None) -> Tensor:
+    """What `Demand` reads, [I, S]: the question, and mean, mean under softmax(scores) and maximum of the channels."""
+    weighted = (channels * scores.softmax(-1)[:, None]).sum(-1)
+    parts = [channels.mean(-1), weighted, channels.amax(-1)]
+    return torch.cat(parts if asked is None else [asked, *parts], -1)
+
+
+def shares_at(odds: Tensor, levels: Sequence[float], price: float) -> Tensor:
+    """The share of its tokens that each of I images gets, [I], where a token must be worth `price`.
+
+    argmax_j p_j - price * level_j over the J levels, p_j = max_{i <= j} sigmoid(odds_i): more tokens do no harm. With
+    one price for all, no token could move from one question to another and raise the sum of all p.
+    """
+    likely = odds.sigmoid().cummax(-1).values
+    steps = torch.tensor(levels, dtype=likely.dtype, device=likely.device)
+    return steps[(likely - price * steps).argmax(-1)]
+
+
 class ScorerNetwork(nn.Module, PyTorchModelHubMixin):
     """Scores the visual tokens of an image from the attention that a question pays to them.
 
@@ -138,6 +184,8 @@ class ScorerNetwork(nn.Module, PyTorchModelHubMixin):
             )
         )
         self.exit = nn.Conv2d(config.channels[-1], 1, 1)
+        if config.levels:
+            self.demand = Demand((config.channels[0] if config.width else 0) + 3 * config.channels[-1], config.levels)
         count = sum(part.numel() for part in self.parameters())
         if count > MOST_PARAMETERS:
             raise VPruneError(
@@ -165,6 +213,20 @@ class ScorerNetwork(nn.Module, PyTorchModelHubMixin):
         Returns:
             [I, N] between -8 and 8.
         """
+        return self.seen(maps, grid, visual, text, text_valid)[0]
+
+    def seen(
+        self,
+        maps: Tensor,
+        grid: Grid,
+        visual: Tensor | None = None,
+        text: Tensor | None = None,
+        text_valid: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The scores [I, N], what the last convolution made of every token [I, C, N], and the question [I, C'].
+
+        The arguments are those of `forward`; what `summary` takes comes back.
+        """
         tokens = math.prod(grid)
         parts, asked = [(maps * tokens + 0.01).log()], None
         if self.config.width:
@@ -179,7 +241,8 @@ class ScorerNetwork(nn.Module, PyTorchModelHubMixin):
             fits = asked is not None and asked.shape[-1] == x.shape[1]
             x = convolution(x, asked if fits else None, grid)
         scores: Tensor = self.exit(x).reshape(-1, tokens)
-        return _RANGE * torch.tanh(scores / _RANGE)
+        channels = x.unflatten(0, (-1, t)).transpose(1, 2).flatten(2)
+        return _RANGE * torch.tanh(scores / _RANGE), channels, asked
 
     def _read(self, visual: Tensor, text: Tensor, valid: Tensor | None) -> tuple[list[Tensor], Tensor]:
         visual, text = (layer_norm(rows, rows.shape[-1:]) for rows in (visual, text))
@@ -196,6 +259,19 @@ class ScorerNetwork(nn.Module, PyTorchModelHubMixin):
         best = found.masked_fill(~counts, -1e4).amax(2)
         asked = (queries * valid[..., None]).sum(1) / valid.sum(1, keepdim=True).clamp(min=1)
         return [self.contents(visual).transpose(1, 2), mean, best], silu(self.question(asked))
+
+    def price_of(self, keep: float) -> float | None:
+        """What a token must be worth where `keep` of all tokens stay; None where every question gets `keep`.
+
+        Straight lines between the logarithms of `config.prices`; None below the first of these, and beyond the last,
+        from where on the network sees no use in more tokens.
+        """
+        known = self.config.prices
+        for (low, dear), (high, cheap) in pairwise(known):
+            if low <= keep <= high:
+                part = math.log(keep / low) / math.log(high / low)
+                return math.exp(math.log(dear) * (1 - part) + math.log(cheap) * part)
+        return None
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)

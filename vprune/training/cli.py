@@ -17,9 +17,9 @@ from vprune.errors import VPruneError
 from vprune.training.checkpoint import values
 
 _ABSENT = object()
-_WHOLE = ("batch_size", "evaluate_every", "label_batch", "limit", "log_every", "questions_per_image", "steps")
+_WHOLE = ("batch_size", "evaluate_every", "label_batch", "limit", "log_every", "questions_per_image", "rounds", "steps")
 _POSITIVE = ("keeps", "lr", "minutes", "temperature")
-_SHARES = ("average", "keeps", "mask_top", "share")
+_SHARES = ("average", "keeps", "levels", "mask_top", "share")
 _REAL = ("checkpoint_minutes", "widest", *_POSITIVE, *_SHARES)  # even where a recipe happens to give an integer
 _OPTIONAL = ("limit", "minutes", "steps")
 _KINDS: dict[type, str] = {bool: "true or false", int: "an integer", float: "a number"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from torch.nn.functional import log_softmax
 from vprune.errors import VPruneError
 from vprune.records import Prefill
 from vprune.scoring.learned import Features, identity_of, read_features
-from vprune.scoring.network import ScorerConfig, ScorerNetwork, same_grid
+from vprune.scoring.network import ScorerConfig, ScorerNetwork, same_grid, summary
 from vprune.training import checkpoint
+from vprune.training.demand import LEAST, learn, observe
 from vprune.training.effect import Budgeting, answer_logits, certain, divergence, full_states, gate, gated_states
 from vprune.training.labels import FOLDER as LABELS
 from vprune.training.labels import Labelled, label
@@ -27,8 +28,9 @@ from vprune.training.prompts import Answered, Painted, read_prompt, refuse_untra
 from vprune.training.questions import ANSWERS, LONGEST, Questions, load_model
 from vprune.training.schedule import spare_the_host
 
-OBJECTIVES = ("effect", "relevance")
+OBJECTIVES = ("effect", "relevance", "demand")
 EVALUATION_SEED = 1_000_003
+DEMAND_SEED = 2_000_003  # added to the run's: other scenes than those that it learnt from
 _EVALUATED = 4  # batches
 _AT_ONCE_ON_A_CPU = 16  # questions measured on: more would take longer than the training between two measurements
 _DRAWN = ("model", "questions", "limit", "seed", "optimizer.batch_size", "optimizer.questions_per_image")
@@ -49,15 +51,22 @@ def train(config: DictConfig) -> Path:
     """
     if config.objective not in OBJECTIVES:
         raise VPruneError(f"objective={config.objective!r}: choose one of {', '.join(OBJECTIVES)}")
+    if config.objective == "demand" and (config.start_from is None or not config.demand.count):
+        raise VPruneError(
+            "objective=demand teaches a finished scorer how many tokens a question needs: give its folder as "
+            f"start_from= (it is {config.start_from}) and demand.count above 0 (it is {config.demand.count})"
+        )
     if config.optimizer.minutes is None and config.optimizer.steps is None:
         raise VPruneError("optimizer.minutes and optimizer.steps are both null: give one of them")
     out = Path(str(config.out)).expanduser()
     checkpoint.claim(out, config, _MADE)
     run = _Run(config, out)
     run.say_what_it_costs()
-    run.label()
-    run.resume()
-    run.loop()
+    if config.objective != "demand":
+        run.label()
+        run.resume()
+        run.loop()
+    run.learn_demand()
     return run.finish()
 
 
@@ -86,6 +95,8 @@ class _Run:
         self.first_prompt = read_prompt(self.model, self.first.inputs)
         refuse_untrainable(self.first_prompt)
         self.network = self._network(self.first_prompt).to(self.device)
+        if config.start_from is not None:
+            start_from(self.network, str(config.start_from))
         self.average = {key: value.detach().clone() for key, value in self.network.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay
@@ -104,23 +115,26 @@ class _Run:
                 **wanted,
                 heads=int(identity["num_attention_heads"]),
                 width=int(identity["hidden_size"]) if reads else 0,
+                levels=tuple(self.config.demand.levels) if self.learns_demand else (),
                 model=identity,
                 recipe=recipe,
             )
         )
 
-    def _batches(self, skip: int, size: int | None = None) -> Iterator[Answered]:
+    def _batches(
+        self, skip: int, size: int | None = None, seed: int | None = None, kinds: Sequence[float] | None = None
+    ) -> Iterator[Answered]:
         """The batches of the run from the `skip`-th on, the same ones whenever they are asked for."""
-        size = size or self.batch_size
+        size, seed = size or self.batch_size, self.config.seed if seed is None else seed
         if self.questions is not None:
-            yield from self.questions.batches(size, self.config.seed, skip)
+            yield from self.questions.batches(size, seed, skip)
         else:
             import os
 
             workers = 0 if self.device.type == "cpu" else max(0, (os.cpu_count() or 1) // 2)
             each = min(int(self.config.optimizer.questions_per_image), size)
-            weights = list(self.config.optimizer.kinds)
-            yield from Painted(self.config.seed, size, "train", self.device, each, workers, skip, weights)
+            weights = list(self.config.optimizer.kinds if kinds is None else kinds)
+            yield from Painted(seed, size, "train", self.device, each, workers, skip, weights)
 
     # -- what it will cost ------------------------------------------------------------------------------------------
 
@@ -148,7 +162,14 @@ class _Run:
                 f"{len(self.questions.train)} questions to learn from, {len(self.questions.kept)} to measure on; the "
                 f"model answers each of them once, in at most {LONGEST} tokens, and the answers are kept"
             )
+        if self.learns_demand:
+            most = "" if self.config.demand.minutes is None else f", for {self.config.demand.minutes} minutes at most"
+            told.append(
+                f"then {self.config.demand.count} answers are watched at {len(self.config.demand.levels)} budgets{most}"
+            )
         print(*told, sep="\n", flush=True)
+        if self.config.objective == "demand":
+            return
         seconds = self._seconds_a_step()
         if seconds is None:
             return
@@ -356,6 +377,78 @@ class _Run:
             self._kept = [batch for batch, _ in zip(source, range(_EVALUATED), strict=False)]
         return self._kept
 
+    @property
+    def learns_demand(self) -> bool:
+        """True where answers are watched under pruning; models that are taught by relevance alone cannot be."""
+        enough = self.questions is None or len(self.questions.train) >= LEAST
+        return bool(self.config.demand.count) and self.config.objective != "relevance" and enough
+
+    # -- how many tokens a question needs ---------------------------------------------------------------------------
+
+    def learn_demand(self) -> None:
+        """With the averaged weights, watch at which budgets answers stay the same, and teach a head to foretell it.
+
+        The questions are others than those that the scores were learnt from, where they are painted.
+        """
+        from vprune.training.vlm import progress_bar
+
+        if not self.learns_demand:
+            if self.config.objective == "demand":
+                assert self.questions is not None
+                count = len(self.questions.train)
+                raise VPruneError(f"objective=demand: {count} questions to learn from, and at least {LEAST} are needed")
+            return
+        wanted, started = self.config.demand, time.perf_counter()
+        own = {key: value.clone() for key, value in self.network.state_dict().items()}
+        self.network.load_state_dict(self.average)
+        count = int(wanted.count) if self.questions is None else len(self.questions.train)
+        with progress_bar() as bar:
+            task = bar.add_task("watch answers", total=count, note="")
+            watched = self._watched()
+
+            def in_time() -> Iterator[tuple[Tensor, Tensor]]:
+                while wanted.minutes is None or time.perf_counter() - started < 60 * wanted.minutes:
+                    yield next(watched)
+
+            observed = observe(in_time(), count, lambda seen: bar.update(task, completed=seen))
+        learn(self.network, observed, int(wanted.rounds), float(wanted.lr), self.config.seed)
+        head = {key: value for key, value in self.network.state_dict().items() if key.startswith("demand.")}
+        self.average.update({key: value.clone() for key, value in head.items()})
+        self.network.load_state_dict({**own, **head})
+        shares = observed.same.float().mean(0).tolist()
+        self._log(
+            same_at={str(level): round(share, 4) for level, share in zip(wanted.levels, shares, strict=True)},
+            watched=len(observed.same),
+        )
+
+    @torch.no_grad()
+    def _watched(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Summaries [B, S] of question after question, and bool [B, J]: whose answer is the same at each level."""
+        wanted = self.config.demand
+        for batch in self._batches(0, seed=self.config.seed + DEMAND_SEED, kinds=wanted.kinds):
+            prefill, features = self._read(batch)
+            said, lengths = batch.inputs["input_ids"][batch.answer], batch.answer.sum(-1)
+            owner = torch.arange(len(batch), device=self.device).repeat_interleave(lengths)
+            seen: dict[int, Tensor] = {}  # by sample; a question about several pictures is told by the last of them
+            groups = []
+            with self._autocast():
+                for grid, numbers in same_grid([image.grid for image in prefill.images]).items():
+                    images = [prefill.images[number] for number in numbers]
+                    arguments = features.of(images, grid)
+                    scores, channels, asked = self.network.seen(*arguments)
+                    groups.append((images, arguments[2], grid, scores.float()))
+                    told = summary(scores.float(), channels.float(), None if asked is None else asked.float())
+                    seen |= {image.sample: one for image, one in zip(images, told, strict=True)}
+                same = []
+                for level in self.network.config.levels:
+                    gated = [
+                        (images, gate(scores, rows, grid, self._hard(level))) for images, rows, grid, scores in groups
+                    ]
+                    logits = answer_logits(self.model, gated_states(prefill, gated, self.compiled), batch)
+                    wrong = (logits.argmax(-1) != said).float()
+                    same.append(torch.zeros(len(batch), device=self.device).index_add(0, owner, wrong) == 0)
+            yield torch.stack([seen[sample] for sample in range(len(batch))]), torch.stack(same, -1)
+
     def _log(self, **row: Any) -> None:
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.step, **row}) + "\n")
@@ -378,3 +471,20 @@ class _Run:
         folder = self.out / "scorer"
         self.network.cpu().save_pretrained(folder)
         return folder
+
+
+def start_from(network: ScorerNetwork, folder: str) -> None:
+    """Give a network the weights of a finished scorer of the same shape, but for those that foretell demand.
+
+    Raises:
+        VPruneError: no scorer lies there, or its network is another.
+    """
+    before, own = ScorerNetwork.load(folder), network.state_dict()
+    given = {key: value for key, value in before.state_dict().items() if not key.startswith("demand.")}
+    differing = [key for key in given if key not in own or own[key].shape != given[key].shape]
+    if differing or before.config.layer != network.config.layer:
+        raise VPruneError(
+            f"start_from={folder}: its network is another ({', '.join(differing) or 'it reads another layer'}); give "
+            "the values of network.* that it was trained with"
+        )
+    network.load_state_dict({**own, **given})
