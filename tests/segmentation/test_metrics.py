@@ -12,6 +12,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from vprune.errors import VPruneError
 from vprune.segmentation.evaluation import OPEN, REFER, ScenesSegment
 from vprune.segmentation.masks import Masks
 from vprune.segmentation.metrics import coco_measures, mean_iou, overall_iou
@@ -76,3 +77,37 @@ def test_the_benchmark_scores_perfect_and_empty_answers() -> None:
     assert measured.pop("peak_memory_bytes") is None and missed.pop("peak_memory_bytes") is None
     assert set(measured.values()) == {1.0} and set(missed.values()) == {0.0}
     assert benchmark.metrics(rows[1:])["open_ap"] is None
+
+
+def test_an_expression_means_the_object_in_its_box_and_not_the_first_that_it_rests_on() -> None:
+    benchmark = ScenesSegment()
+    expressions = [one for one in benchmark.samples if one.kind == REFER]
+    several = [one for one in expressions if len(one.evidence) > 1]
+    assert len(several) > 50 and any("most" in benchmark.prompt(one) for one in several)
+    for sample in several:
+        (true,) = benchmark.truth(sample)
+        ys, xs = np.nonzero(true)
+        assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == sample.box
+    # The answer in words points into the same mask's box, by the generator's own record of what is meant.
+    assert all(benchmark._scenes.score(sample, sample.answer) == 1 for sample in several)
+    objects = {one["id"]: one for one in json.loads((benchmark._folder / "objects.json").read_text())["annotations"]}
+    # The first of the evidence, where that is another object, is wrong.
+    moved = next(one for one in several if objects[one.evidence[0]]["bbox"][:2] != list(one.box[:2]))
+    first = objects[moved.evidence[0]]
+    wrong = json.dumps([{"segmentation": first["segmentation"], "score": 0.9, "name": "x"}])
+    assert benchmark.score(moved, wrong) < 0.5
+    measured = benchmark.metrics([{"id": moved.id, "prediction": wrong}])
+    assert measured["referring_miou"] < 0.5 and measured["referring_oiou"] < 0.5
+
+
+@pytest.mark.parametrize("change", [{"box": [0, 0, 5, 5]}, {"evidence": []}])
+def test_an_expression_whose_object_is_not_told_is_refused(tmp_path: Path, change: dict) -> None:
+    source = ScenesSegment()._folder
+    lines = [json.loads(line) for line in (source / "samples.jsonl").read_text().splitlines()]
+    one = next(line for line in lines if line["kind"] == REFER)
+    (tmp_path / "images").mkdir()
+    (tmp_path / one["image"]).write_bytes((source / one["image"]).read_bytes())
+    (tmp_path / "objects.json").write_bytes((source / "objects.json").read_bytes())
+    (tmp_path / "samples.jsonl").write_text(json.dumps(one | change))
+    with pytest.raises(VPruneError, match=rf"sample {one['id']}: none of its evidence"):
+        _ = ScenesSegment(tmp_path).samples

@@ -23,13 +23,15 @@ from vprune.segmentation.metrics import coco_measures, intersection_and_union, m
 from vprune.segmentation.recipe import Recipe
 
 OPEN, REFER = "open", "refer"
+_APART = 1.0  # pixels by which a border of an expression's box and of its object's mask may differ
 
 
 class ScenesSegment:
     """Every image once for everything in it, and every `point to ...` question as a referring expression.
 
     Raises:
-        VPruneError: see `Scenes` and `made_recipe`.
+        VPruneError: see `Scenes` and `made_recipe`; from `samples`, for an expression none of whose objects is in its
+            box.
     """
 
     def __init__(
@@ -65,7 +67,26 @@ class ScenesSegment:
             Sample(f"open-{one['id']:06d}", self._folder / one["file_name"], OPEN, "", "", (int(one["id"]),))
             for one in self._content["images"]
         ]
-        return [*images, *(one for one in self._scenes.samples if one.kind == REFER)]
+        expressions = [one for one in self._scenes.samples if one.kind == REFER]
+        for one in expressions:
+            self._meant(one)
+        return [*images, *expressions]
+
+    def _meant(self, sample: Sample) -> dict[str, Any]:
+        """The one object that an expression means: that in its box.
+
+        The evidence of "the leftmost star" is all the stars, for the answer rests on all of them.
+        """
+        assert sample.box is not None  # (`Folder` sees to it)
+        apart = {number: _apart(self._by_id[number]["segmentation"], sample.box) for number in sample.evidence}
+        nearest = min(apart, key=apart.__getitem__, default=None)
+        if nearest is None or apart[nearest] > _APART:
+            raise VPruneError(
+                f"{self.name}, sample {sample.id}: none of its evidence {list(sample.evidence)} has the box "
+                f"{list(sample.box)}, so no mask can be told right; the box has to be that of one of their masks, "
+                f"[x0, y0, x1, y1] to within {_APART:g} pixel"
+            )
+        return self._by_id[nearest]
 
     def prompt(self, sample: Sample) -> str:
         """The phrase of an expression; nothing for an image."""
@@ -84,11 +105,11 @@ class ScenesSegment:
         return
 
     def truth(self, sample: Sample) -> list[NDArray[np.bool_]]:
-        """The masks that belong to a sample."""
+        """The masks that belong to a sample: all objects of an image, the one that an expression means."""
         if sample.kind == OPEN:
             own = [one for one in self._content["annotations"] if one["image_id"] == sample.evidence[0]]
         else:
-            own = [self._by_id[one] for one in sample.evidence]
+            own = [self._meant(sample)]
         return [coco_mask.decode(_packed(one["segmentation"])).astype(bool) for one in own]
 
     def score(self, sample: Sample, prediction: str) -> float:
@@ -234,6 +255,12 @@ class SegmentPredictor:
         now = time.perf_counter()
         taken, self._since = {"total": now - self._since}, now
         return taken
+
+
+def _apart(rle: Mapping[str, Any], box: Sequence[float]) -> float:
+    """Pixels between the border of a mask and that of a box (x0, y0, x1, y1) where they lie furthest apart."""
+    x, y, w, h = coco_mask.toBbox(_packed(rle))
+    return float(np.abs(np.subtract(box, (x, y, x + w, y + h))).max())
 
 
 def _packed(rle: Mapping[str, Any]) -> dict[str, Any]:
