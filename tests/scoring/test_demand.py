@@ -58,10 +58,10 @@ def test_needs_are_learnt_and_the_budget_is_held() -> None:
     summaries, greedy = torch.randn(4096, width), torch.rand(4096) < 0.3
     summaries[:, 0] = 3.0 * greedy + torch.randn(4096) * 0.1
     # A modest question is answered at every level, a greedy one at the highest alone.
-    same = torch.stack([~greedy, ~greedy, torch.ones(4096, dtype=torch.bool)], -1)
+    same = torch.stack([~greedy, ~greedy, torch.ones(4096, dtype=torch.bool)], -1).float()
     parts = iter([(summaries[:1000], same[:1000]), (summaries[1000:], same[1000:]), (summaries, same)])
     observed = observe(parts, 4096)
-    assert observed.same.shape == (4096, 3) and torch.equal(observed.same, same)
+    assert observed.stays.shape == (4096, 3) and torch.equal(observed.stays.float(), same)
     learn(made, observed, 40, 5e-3, 0)
     table = made.config.prices
     keeps = [keep for keep, _ in table]
@@ -75,7 +75,7 @@ def test_needs_are_learnt_and_the_budget_is_held() -> None:
 
 def test_of_few_answers_nothing_is_learnt(capsys: pytest.CaptureFixture[str]) -> None:
     made = network(levels=LEVELS)
-    few = Observed(torch.randn(LEAST - 1, made.demand.center.numel()), torch.ones(LEAST - 1, 3, dtype=torch.bool))
+    few = Observed(torch.randn(LEAST - 1, made.demand.center.numel()), torch.ones(LEAST - 1, 3))
     before = {key: value.clone() for key, value in made.state_dict().items()}
     learn(made, few, 2, 1e-3, 0)
     assert made.config.prices == () and f"at least {LEAST} are needed" in capsys.readouterr().out

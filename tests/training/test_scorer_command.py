@@ -162,7 +162,9 @@ def test_what_questions_need_is_learnt_behind_the_scores(
     out = tmp_path / "run"
     assert "answers are watched at 3 budgets" in capsys.readouterr().out
     last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
-    assert last["watched"] == 10 and last["same_at"]["1.0"] == 1.0  # with everything kept the answer is the model's own
+    assert (
+        last["watched"] == 10 and last["stays_at"]["1.0"] == 1.0
+    )  # with everything kept the answer is the model's own
     first = ScorerNetwork.load(out / "scorer")
     assert first.config.levels == (0.1, 0.4, 1.0)
 

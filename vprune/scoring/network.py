@@ -35,8 +35,8 @@ class ScorerConfig:
         channels: of each convolution, first to last; `kernels`: their sizes; `dilations`: their spacings.
         matches: learned heads that compare question rows with visual rows, `match_width` wide each.
         contents: channels read off the visual rows.
-        levels: shares of an image's tokens, rising, for each of which the network tells how likely the answer is to
-            stay what it is; none = it does not.
+        levels: shares of an image's tokens, rising, for each of which the network tells how likely a word of the answer
+            is to stay; none = it does not.
         prices: (keep, price) pairs, keep rising: what a token must be worth where `keep` of all tokens stay in the mean
             over questions, see `ScorerNetwork.shares_for`.
         model: what the scorer was trained for, as `vprune.scoring.learned.identity_of` tells it.
@@ -114,7 +114,7 @@ class Convolution(nn.Module):
 
 
 class Demand(nn.Module):
-    """Tells from the summary of an image and its question how likely the answer is to stay, at each of some budgets."""
+    """Tells from the summary of an image and its question what of the answer is likely to stay, budget by budget."""
 
     def __init__(self, inputs: int, levels: Sequence[float], width: int = 96) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Demand(nn.Module):
         self.exit = nn.Linear(width, len(levels))
 
     def forward(self, summary: Tensor) -> Tensor:
-        """[I, S] -> the log odds [I, J] that the answer is still the same at each of J levels."""
+        """[I, S] -> the log odds [I, J] that a token of the answer stays at each of J levels."""
         odds: Tensor = self.exit(self.drop(silu(self.entry((summary - self.center) / self.spread))))
         return odds
 

@@ -1,4 +1,4 @@
-"""How many tokens a question needs: which answers stay the same, budget by budget, and a head that foretells it."""
+"""How many tokens a question needs: what of an answer stays, budget by budget, and a head that foretells it."""
 
 from __future__ import annotations
 
@@ -25,35 +25,38 @@ _DECAY = 0.01
 
 @dataclass(frozen=True)
 class Observed:
-    """What was seen of Q questions: summaries [Q, S], and bool [Q, J], whose answer stayed the same at each level."""
+    """What was seen of Q questions: summaries [Q, S], and `stays` [Q, J], the share of the answer's tokens that stay.
+
+    A token stays that the pruned model would say, too, after those before it; J are the levels.
+    """
 
     summaries: Tensor
-    same: Tensor
+    stays: Tensor
 
 
 def observe(
     batches: Iterator[tuple[Tensor, Tensor]], count: int, told: Callable[[int], None] = lambda seen: None
 ) -> Observed:
-    """The first `count` questions of batches (summaries [B, S], bool [B, J]), kept in half precision on the CPU."""
-    summaries, same, seen = [], [], 0
+    """The first `count` questions of batches (summaries [B, S], stays [B, J]), kept in half precision on the CPU."""
+    summaries, stays, seen = [], [], 0
     for summary, stayed in batches:
         summaries.append(summary[: count - seen].half().cpu())
-        same.append(stayed[: count - seen].cpu())
-        seen += len(same[-1])
+        stays.append(stayed[: count - seen].half().cpu())
+        seen += len(stays[-1])
         told(seen)
         if seen == count:
             break
-    return Observed(torch.cat(summaries), torch.cat(same))
+    return Observed(torch.cat(summaries), torch.cat(stays))
 
 
 def learn(network: ScorerNetwork, observed: Observed, rounds: int, rate: float, seed: int) -> None:
     """Train `network.demand` on seven of eight questions, and set the prices of `network.config` on the others.
 
-    Minimised is the cross entropy of each level's same or not, with AdamW, the rate falling to nothing.
+    Minimised is the cross entropy of what stays at each level, with AdamW, the rate falling to nothing.
 
     Of fewer than `LEAST` questions nothing is learnt, and no price is set.
     """
-    head, count = network.demand, len(observed.same)
+    head, count = network.demand, len(observed.stays)
     if count < LEAST:
         print(
             f"{count} answers were watched, and at least {LEAST} are needed to learn how many tokens a question needs: "
@@ -61,7 +64,7 @@ def learn(network: ScorerNetwork, observed: Observed, rounds: int, rate: float, 
         )
         return
     device = head.center.device
-    summaries, same = observed.summaries.float().to(device), observed.same.float().to(device)
+    summaries, stays = observed.summaries.float().to(device), observed.stays.float().to(device)
     first = count - max(1, int(HELD_OUT * count))
     head.center.copy_(summaries[:first].mean(0))
     head.spread.copy_(summaries[:first].std(0) + 1e-4)
@@ -72,7 +75,7 @@ def learn(network: ScorerNetwork, observed: Observed, rounds: int, rate: float, 
         for group in optimizer.param_groups:
             group["lr"] = rate * (1 - turn / rounds)
         for some in torch.split(torch.randperm(first, generator=chance).to(device), _BATCH):
-            loss = binary_cross_entropy_with_logits(head(summaries[some]), same[some])
+            loss = binary_cross_entropy_with_logits(head(summaries[some]), stays[some])
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()

@@ -386,7 +386,7 @@ class _Run:
     # -- how many tokens a question needs ---------------------------------------------------------------------------
 
     def learn_demand(self) -> None:
-        """With the averaged weights, watch at which budgets answers stay the same, and teach a head to foretell it.
+        """With the averaged weights, watch at which budgets answers stay what they are, and teach a head to foretell it.
 
         The questions are others than those that the scores were learnt from, where they are painted.
         """
@@ -415,15 +415,15 @@ class _Run:
         head = {key: value for key, value in self.network.state_dict().items() if key.startswith("demand.")}
         self.average.update({key: value.clone() for key, value in head.items()})
         self.network.load_state_dict({**own, **head})
-        shares = observed.same.float().mean(0).tolist()
+        shares = observed.stays.float().mean(0).tolist()
         self._log(
             same_at={str(level): round(share, 4) for level, share in zip(wanted.levels, shares, strict=True)},
-            watched=len(observed.same),
+            watched=len(observed.stays),
         )
 
     @torch.no_grad()
     def _watched(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Summaries [B, S] of question after question, and bool [B, J]: whose answer is the same at each level."""
+        """Summaries [B, S] of question after question, and [B, J]: what share of its answer stays at each level."""
         wanted = self.config.demand
         for batch in self._batches(0, seed=self.config.seed + DEMAND_SEED, kinds=wanted.kinds):
             prefill, features = self._read(batch)
@@ -439,15 +439,17 @@ class _Run:
                     groups.append((images, arguments[2], grid, scores.float()))
                     told = summary(scores.float(), channels.float(), None if asked is None else asked.float())
                     seen |= {image.sample: one for image, one in zip(images, told, strict=True)}
-                same = []
+                stays = []
                 for level in self.network.config.levels:
                     gated = [
                         (images, gate(scores, rows, grid, self._hard(level))) for images, rows, grid, scores in groups
                     ]
                     logits = answer_logits(self.model, gated_states(prefill, gated, self.compiled), batch)
-                    wrong = (logits.argmax(-1) != said).float()
-                    same.append(torch.zeros(len(batch), device=self.device).index_add(0, owner, wrong) == 0)
-            yield torch.stack([seen[sample] for sample in range(len(batch))]), torch.stack(same, -1)
+                    right = torch.zeros(len(batch), device=self.device).index_add(
+                        0, owner, (logits.argmax(-1) == said).float()
+                    )
+                    stays.append(right / lengths)
+            yield torch.stack([seen[sample] for sample in range(len(batch))]), torch.stack(stays, -1)
 
     def _log(self, **row: Any) -> None:
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
