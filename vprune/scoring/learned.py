@@ -120,8 +120,8 @@ class Learned:
     def shares(self, keep: float) -> list[float]:
         """What every image of the last prefill gets of its tokens, where `keep` of all stay in the mean over questions.
 
-        The network tells what of the answer is likely to stay at each of some budgets, and tokens go to where they do most,
-        see `vprune.scoring.network.shares_at`. The host waits for the device here.
+        The network tells what of the answer is likely to stay at each of some budgets, and tokens go to where they do
+        most, see `vprune.scoring.network.shares_at`. The host waits for the device here.
         """
         assert self.network is not None and self._demand is not None
         price = self.network.price_of(keep)

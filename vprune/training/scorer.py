@@ -386,7 +386,7 @@ class _Run:
     # -- how many tokens a question needs ---------------------------------------------------------------------------
 
     def learn_demand(self) -> None:
-        """With the averaged weights, watch at which budgets answers stay what they are, and teach a head to foretell it.
+        """With the averaged weights, watch what stays of answers at some budgets, and teach a head to foretell it.
 
         The questions are others than those that the scores were learnt from, where they are painted.
         """
@@ -417,7 +417,7 @@ class _Run:
         self.network.load_state_dict({**own, **head})
         shares = observed.stays.float().mean(0).tolist()
         self._log(
-            same_at={str(level): round(share, 4) for level, share in zip(wanted.levels, shares, strict=True)},
+            stays_at={str(level): round(share, 4) for level, share in zip(wanted.levels, shares, strict=True)},
             watched=len(observed.stays),
         )
 
