@@ -263,20 +263,22 @@ def test_dynamic_quantisation_runs(tiny_processor: Any, family: str) -> None:
     assert equal(pruned_to_all(model, inputs), plain)
 
 
-@pytest.mark.gpu
-@ON_GPU
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("device", "bits"),  # (for a CPU bitsandbytes packs 4 bits in blocks that are wider than these models)
+    [("cpu", 8), *(pytest.param("cuda:0", bits, marks=[pytest.mark.gpu, ON_GPU]) for bits in (8, 4))],
+)
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
-def test_bitsandbytes(tiny_processor: Any, tmp_path: Path, family: str, bits: int) -> None:
+def test_bitsandbytes(tiny_processor: Any, tmp_path: Path, family: str, bits: int, device: str) -> None:
     pytest.importorskip("bitsandbytes")
-    made(family, torch.float16).save_pretrained(tmp_path)
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    made(family, dtype).save_pretrained(tmp_path)
     config = transformers.BitsAndBytesConfig(
-        load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_compute_dtype=torch.float16
+        load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_compute_dtype=dtype
     )
     model = transformers.AutoModelForImageTextToText.from_pretrained(
-        tmp_path, quantization_config=config, device_map={"": 0}, dtype=torch.float16
+        tmp_path, quantization_config=config, device_map={"": device}, dtype=dtype
     )
-    inputs = {name: one.cuda() for name, one in padded(tiny_processor, family, torch.float16).items()}
+    inputs = {name: one.to(device) for name, one in padded(tiny_processor, family, dtype).items()}
     assert not model.get_decoder().layers[0].self_attn.q_proj.weight.is_floating_point()
     assert all(one.isfinite().all() for method in METHODS.values() for one in pruned(model, inputs, method))
     assert equal(pruned_to_all(model, inputs), said(model, inputs))

@@ -16,7 +16,7 @@ from vprune import VPruneError
 from vprune.models.anatomy import dissect
 from vprune.scoring.learned import identity_of
 from vprune.scoring.network import ScorerConfig, ScorerNetwork, shares_at
-from vprune.training.demand import LEAST, Observed, learn, observe
+from vprune.training.demand import learn, observe
 
 LEVELS = (0.1, 0.3, 0.6)
 
@@ -62,7 +62,7 @@ def test_needs_are_learnt_and_the_budget_is_held() -> None:
     parts = iter([(summaries[:1000], same[:1000]), (summaries[1000:], same[1000:]), (summaries, same)])
     observed = observe(parts, 4096)
     assert observed.stays.shape == (4096, 3) and torch.equal(observed.stays.float(), same)
-    learn(made, observed, 40, 5e-3, 0)
+    learn(made, *observed.split(), 40, 5e-3, 0)
     table = made.config.prices
     keeps = [keep for keep, _ in table]
     assert keeps == sorted(keeps) and keeps[0] == pytest.approx(0.11)
@@ -71,15 +71,6 @@ def test_needs_are_learnt_and_the_budget_is_held() -> None:
     given = shares_at(made.demand(summaries), LEVELS, price)
     assert float(given[greedy].mean()) > 0.45 and float(given[~greedy].mean()) < 0.12
     assert float(given.mean()) == pytest.approx(0.24, abs=0.02)
-
-
-def test_of_few_answers_nothing_is_learnt(capsys: pytest.CaptureFixture[str]) -> None:
-    made = network(levels=LEVELS)
-    few = Observed(torch.randn(LEAST - 1, made.demand.center.numel()), torch.ones(LEAST - 1, 3))
-    before = {key: value.clone() for key, value in made.state_dict().items()}
-    learn(made, few, 2, 1e-3, 0)
-    assert made.config.prices == () and f"at least {LEAST} are needed" in capsys.readouterr().out
-    assert all(torch.equal(value, before[key]) for key, value in made.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["padded", "single"])

@@ -15,7 +15,7 @@ from vprune.scoring.network import Demand, ScorerNetwork, shares_at
 LEAST = 16
 """Questions that anything is learnt from."""
 HELD_OUT = 0.125
-"""Of the questions: those that prices are set on, which the head has not seen."""
+"""So many of the questions watched, in proportion, prices are set on."""
 _KEEPS = 24  # prices in the table
 _HALVINGS = 60  # of the interval in which a price is looked for
 _HIGHEST = 1e3  # price: nobody pays it
@@ -33,6 +33,11 @@ class Observed:
     summaries: Tensor
     stays: Tensor
 
+    def split(self) -> tuple[Observed, Tensor]:
+        """All but the last of the questions, and the summaries of these."""
+        first = len(self.stays) - max(1, int(HELD_OUT * len(self.stays)))
+        return Observed(self.summaries[:first], self.stays[:first]), self.summaries[first:]
+
 
 def observe(
     batches: Iterator[tuple[Tensor, Tensor]], count: int, told: Callable[[int], None] = lambda seen: None
@@ -49,38 +54,36 @@ def observe(
     return Observed(torch.cat(summaries), torch.cat(stays))
 
 
-def learn(network: ScorerNetwork, observed: Observed, rounds: int, rate: float, seed: int) -> None:
-    """Train `network.demand` on seven of eight questions, and set the prices of `network.config` on the others.
+def learn(network: ScorerNetwork, observed: Observed, unseen: Tensor, rounds: int, rate: float, seed: int) -> None:
+    """Train `network.demand` on what was observed, and set the prices of `network.config` on summaries `unseen` [Q, S].
 
-    Minimised is the cross entropy of what stays at each level, with AdamW, the rate falling to nothing.
-
-    Of fewer than `LEAST` questions nothing is learnt, and no price is set.
+    Minimised is the cross entropy of what stays at each level, with AdamW, the rate falling to nothing. Prices are set
+    on questions that the head has not learnt from, since it is surer of those that it has.
     """
-    head, count = network.demand, len(observed.stays)
-    if count < LEAST:
-        print(
-            f"{count} answers were watched, and at least {LEAST} are needed to learn how many tokens a question needs: "
-            "budget=question will be refused (give more demand.minutes, or demand.count=0 to do without)"
-        )
-        return
+    head = network.demand
     device = head.center.device
     summaries, stays = observed.summaries.float().to(device), observed.stays.float().to(device)
-    first = count - max(1, int(HELD_OUT * count))
-    head.center.copy_(summaries[:first].mean(0))
-    head.spread.copy_(summaries[:first].std(0) + 1e-4)
+    head.center.copy_(summaries.mean(0))
+    head.spread.copy_(summaries.std(0) + 1e-4)
     optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=_DECAY)
     chance = torch.Generator().manual_seed(seed)
     head.train()
     for turn in range(rounds):
         for group in optimizer.param_groups:
             group["lr"] = rate * (1 - turn / rounds)
-        for some in torch.split(torch.randperm(first, generator=chance).to(device), _BATCH):
+        for some in torch.split(torch.randperm(len(stays), generator=chance).to(device), _BATCH):
             loss = binary_cross_entropy_with_logits(head(summaries[some]), stays[some])
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
     head.eval()
-    network.config = replace(network.config, prices=prices(head, summaries[first:], network.config.levels))
+    set_prices(network, unseen)
+
+
+def set_prices(network: ScorerNetwork, unseen: Tensor) -> None:
+    """Set the prices of `network.config` so that the questions of `unseen` [Q, S] get a budget in the mean."""
+    table = prices(network.demand, unseen.float().to(network.demand.center.device), network.config.levels)
+    network.config = replace(network.config, prices=table)
 
 
 @torch.no_grad()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from vprune.errors import VPruneError
-from vprune.records import Prefill
+from vprune.records import Grid, Prefill, VisualTokens
 from vprune.scoring.learned import Features, identity_of, read_features
 from vprune.scoring.network import ScorerConfig, ScorerNetwork, same_grid, summary
 from vprune.training import checkpoint
-from vprune.training.demand import LEAST, learn, observe
+from vprune.training.demand import HELD_OUT, LEAST, learn, observe
 from vprune.training.effect import Budgeting, answer_logits, certain, divergence, full_states, gate, gated_states
 from vprune.training.labels import FOLDER as LABELS
 from vprune.training.labels import Labelled, label
@@ -68,6 +69,15 @@ def train(config: DictConfig) -> Path:
         run.loop()
     run.learn_demand()
     return run.finish()
+
+
+@dataclass(frozen=True)
+class _Summarised:
+    """A batch of prompts: the images of each grid with their rows [I, N, D] and scores [I, N]; summaries [B, S]."""
+
+    prefill: Prefill
+    scored: list[tuple[list[VisualTokens], Tensor, Grid, Tensor]]
+    summaries: Tensor
 
 
 class _Run:
@@ -121,6 +131,11 @@ class _Run:
             )
         )
 
+    @property
+    def workers(self) -> int:
+        """Processes that draw scenes."""
+        return 0 if self.device.type == "cpu" else max(0, (os.cpu_count() or 1) // 2)
+
     def _batches(
         self, skip: int, size: int | None = None, seed: int | None = None, kinds: Sequence[float] | None = None
     ) -> Iterator[Answered]:
@@ -129,12 +144,9 @@ class _Run:
         if self.questions is not None:
             yield from self.questions.batches(size, seed, skip)
         else:
-            import os
-
-            workers = 0 if self.device.type == "cpu" else max(0, (os.cpu_count() or 1) // 2)
             each = min(int(self.config.optimizer.questions_per_image), size)
             weights = list(self.config.optimizer.kinds if kinds is None else kinds)
-            yield from Painted(seed, size, "train", self.device, each, workers, skip, weights)
+            yield from Painted(seed, size, "train", self.device, each, self.workers, skip, weights)
 
     # -- what it will cost ------------------------------------------------------------------------------------------
 
@@ -404,52 +416,73 @@ class _Run:
         count = int(wanted.count) if self.questions is None else len(self.questions.train)
         with progress_bar() as bar:
             task = bar.add_task("watch answers", total=count, note="")
-            watched = self._watched()
+            coming = self._watched()
 
             def in_time() -> Iterator[tuple[Tensor, Tensor]]:
                 while wanted.minutes is None or time.perf_counter() - started < 60 * wanted.minutes:
-                    yield next(watched)
+                    yield next(coming)
 
             observed = observe(in_time(), count, lambda seen: bar.update(task, completed=seen))
-        learn(self.network, observed, int(wanted.rounds), float(wanted.lr), self.config.seed)
+        watched, shares = len(observed.stays), observed.stays.float().mean(0).tolist()
+        self._log(
+            stays_at={str(level): round(share, 4) for level, share in zip(wanted.levels, shares, strict=True)},
+            watched=watched,
+        )
+        if watched < LEAST:
+            print(
+                f"{watched} answers were watched, and {LEAST} are needed to learn how many tokens a question needs: "
+                "budget=question will be refused (give more demand.minutes, or demand.count=0)"
+            )
+            return
+        observed, unseen = (observed, self._unseen(watched)) if self.painted else observed.split()
+        learn(self.network, observed, unseen, int(wanted.rounds), float(wanted.lr), self.config.seed)
         head = {key: value for key, value in self.network.state_dict().items() if key.startswith("demand.")}
         self.average.update({key: value.clone() for key, value in head.items()})
         self.network.load_state_dict({**own, **head})
-        shares = observed.stays.float().mean(0).tolist()
-        self._log(
-            stays_at={str(level): round(share, 4) for level, share in zip(wanted.levels, shares, strict=True)},
-            watched=len(observed.stays),
-        )
+
+    @torch.no_grad()
+    def _unseen(self, watched: int) -> Tensor:
+        """Summaries [Q, S] of questions about photographs that no training sees."""
+        seed, size = EVALUATION_SEED + DEMAND_SEED, self.batch_size
+        each = min(int(self.config.optimizer.questions_per_image), size)
+        weights = list(self.config.demand.kinds)
+        batches = iter(Painted(seed, size, "test", self.device, each, self.workers, 0, weights))
+        summaries: list[Tensor] = []
+        while len(summaries) * size < HELD_OUT * watched:
+            summaries.append(self._summarised(next(batches)).summaries.cpu())
+        return torch.cat(summaries)
+
+    def _summarised(self, batch: Answered) -> _Summarised:
+        """A batch as the network sees it."""
+        prefill, features = self._read(batch)
+        seen: dict[int, Tensor] = {}  # by sample; a question about several pictures is told by the last of them
+        scored = []
+        with self._autocast():
+            for grid, numbers in same_grid([image.grid for image in prefill.images]).items():
+                images = [prefill.images[number] for number in numbers]
+                arguments = features.of(images, grid)
+                scores, channels, asked = self.network.seen(*arguments)
+                scored.append((images, arguments[2], grid, scores.float()))
+                told = summary(scores.float(), channels.float(), None if asked is None else asked.float())
+                seen |= {image.sample: one for image, one in zip(images, told, strict=True)}
+        return _Summarised(prefill, scored, torch.stack([seen[sample] for sample in range(len(batch))]))
 
     @torch.no_grad()
     def _watched(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Summaries [B, S] of question after question, and [B, J]: what share of its answer stays at each level."""
-        wanted = self.config.demand
-        for batch in self._batches(0, seed=self.config.seed + DEMAND_SEED, kinds=wanted.kinds):
-            prefill, features = self._read(batch)
+        for batch in self._batches(0, seed=self.config.seed + DEMAND_SEED, kinds=self.config.demand.kinds):
+            seen = self._summarised(batch)
             said, lengths = batch.inputs["input_ids"][batch.answer], batch.answer.sum(-1)
             owner = torch.arange(len(batch), device=self.device).repeat_interleave(lengths)
-            seen: dict[int, Tensor] = {}  # by sample; a question about several pictures is told by the last of them
-            groups = []
+            stays = []
             with self._autocast():
-                for grid, numbers in same_grid([image.grid for image in prefill.images]).items():
-                    images = [prefill.images[number] for number in numbers]
-                    arguments = features.of(images, grid)
-                    scores, channels, asked = self.network.seen(*arguments)
-                    groups.append((images, arguments[2], grid, scores.float()))
-                    told = summary(scores.float(), channels.float(), None if asked is None else asked.float())
-                    seen |= {image.sample: one for image, one in zip(images, told, strict=True)}
-                stays = []
                 for level in self.network.config.levels:
-                    gated = [
-                        (images, gate(scores, rows, grid, self._hard(level))) for images, rows, grid, scores in groups
-                    ]
-                    logits = answer_logits(self.model, gated_states(prefill, gated, self.compiled), batch)
-                    right = torch.zeros(len(batch), device=self.device).index_add(
-                        0, owner, (logits.argmax(-1) == said).float()
-                    )
-                    stays.append(right / lengths)
-            yield torch.stack([seen[sample] for sample in range(len(batch))]), torch.stack(stays, -1)
+                    how = self._hard(level)
+                    gated = [(images, gate(scores, rows, grid, how)) for images, rows, grid, scores in seen.scored]
+                    logits = answer_logits(self.model, gated_states(seen.prefill, gated, self.compiled), batch)
+                    right = (logits.argmax(-1) == said).float()
+                    stays.append(torch.zeros(len(batch), device=self.device).index_add(0, owner, right) / lengths)
+            yield seen.summaries, torch.stack(stays, -1)
 
     def _log(self, **row: Any) -> None:
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
