@@ -5,12 +5,15 @@
 
 `uniform` scores nothing: at keep=1 it is the hooks alone; `attention` at keep=1 adds the scoring. All cases of a repeat
 run one after another, in an order that turns with every repeat, so that drifting clocks meet all of them alike.
+Decoding steps take turns one by one, each case on a copy of the model with the same weights and on its own cache: what a
+busy host adds within seconds is larger than what hooks cost.
 Prints one table and writes DIR/hooks.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import math
@@ -72,10 +75,9 @@ CASES = (
 
 @dataclass(frozen=True)
 class Run:
-    """One prefill and `STEPS` decoding steps."""
+    """One prefill."""
 
     prefill_ms: float
-    decode_ms: float
     plan_ms: float
     peak_bytes: int
     cache_bytes: int
@@ -90,7 +92,7 @@ def pruned(model: Any, case: Case) -> Iterator[vprune.Pruning | None]:
         yield stack.enter_context(vprune.prune(model, case.pruner())) if case.method else None
 
 
-def decode(model: Any, token: Tensor, seen: int, cache: Any, steps: int) -> None:
+def steps_of(model: Any, token: Tensor, seen: int, cache: Any, steps: int) -> Iterator[None]:
     """Greedy steps on a cache that has seen `seen` tokens, called as `generate` calls; the host never looks at them."""
     mask = torch.ones((1, seen + steps), dtype=torch.long, device=token.device)
     positions = torch.arange(seen, seen + steps, device=token.device)[None]
@@ -106,10 +108,43 @@ def decode(model: Any, token: Tensor, seen: int, cache: Any, steps: int) -> None
             use_cache=True,
         )
         token = out.logits[:, -1:].argmax(-1)
+        yield
+
+
+def sharing(model: Any) -> Any:
+    """A copy of a model whose weights are those of the model itself."""
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(one): one for one in shared})
+
+
+def decode_in_turns(
+    model: Any, inputs: dict[str, Tensor], cases: Sequence[Case], clock: Clock, repeats: int
+) -> dict[Case, list[float]]:
+    """Milliseconds of every decoding step of every case, `STEPS` a repeat; who steps first turns with every step."""
+    length, times = inputs["input_ids"].shape[1], {case: [] for case in cases}
+    copies = [sharing(model) for _ in cases]
+    with torch.no_grad(), ExitStack() as stack:
+        for copied, case in zip(copies, cases, strict=True):
+            stack.enter_context(pruned(copied, case))
+        for _ in range(repeats):
+            going = []
+            for copied in copies:
+                out = copied(**inputs, use_cache=True, logits_to_keep=1)
+                token = out.logits[:, -1:].argmax(-1)
+                going.append(steps_of(copied, token, length, out.past_key_values, STEPS))
+            for step in range(STEPS):
+                for place in range(len(cases)):
+                    number = (step + place) % len(cases)
+                    clock.wait()
+                    start = time.perf_counter()
+                    next(going[number])
+                    clock.wait()
+                    times[cases[number]].append((time.perf_counter() - start) * 1e3)
+    return times
 
 
 def run(model: Any, inputs: dict[str, Tensor], case: Case, clock: Clock) -> Run:
-    """One timed prefill and `STEPS` timed decoding steps; putting the hooks on is not in the times."""
+    """One timed prefill; putting the hooks on is not in the time."""
     length = inputs["input_ids"].shape[1]
     with torch.no_grad(), pruned(model, case) as pruning:
         clock.wait()
@@ -117,22 +152,16 @@ def run(model: Any, inputs: dict[str, Tensor], case: Case, clock: Clock) -> Run:
             torch.cuda.reset_peak_memory_stats()
         start = clock.mark()
         out = model(**inputs, use_cache=True, logits_to_keep=1)
-        token = out.logits[:, -1:].argmax(-1)
         read = clock.mark()
-        clock.wait()  # decoding starts from an idle device, as prefill did
-        begin = clock.mark()
-        decode(model, token, length, out.past_key_values, STEPS)
-        end = clock.mark()
         clock.wait()
         last = pruning.last if pruning is not None else None
     layers = out.past_key_values.layers
     return Run(
         prefill_ms=clock.between(start, read),
-        decode_ms=clock.between(begin, end) / STEPS,
         plan_ms=last.seconds * 1e3 if last is not None else 0.0,
         peak_bytes=torch.cuda.max_memory_allocated() if clock.cuda else 0,
         cache_bytes=sum(layer.keys.nbytes + layer.values.nbytes for layer in layers),
-        stored=length + STEPS - sum(one.tokens_before - one.tokens_after for one in last or []),
+        stored=length - sum(one.tokens_before - one.tokens_after for one in last or []),
         logits=out.logits,
     )
 
@@ -156,7 +185,7 @@ def waits(model: Any, inputs: dict[str, Tensor], case: Case, clock: Clock) -> di
     with torch.no_grad(), pruned(model, case):
         out, prefill = counted(lambda: model(**inputs, use_cache=True, logits_to_keep=1))
         token = out.logits[:, -1:].argmax(-1)
-        _, decoding = counted(lambda: decode(model, token, length, out.past_key_values, steps))
+        _, decoding = counted(lambda: list(steps_of(model, token, length, out.past_key_values, steps)))
     return {"prefill": prefill, "decode_step": decoding / steps}
 
 
@@ -199,14 +228,13 @@ def interleaved(
 
 
 def compared(own: list[float], base: list[float]) -> dict[str, float]:
-    """Medians in milliseconds, their ratio, the quartiles of neighbours' ratios, and the ratio of the least times.
+    """The median in milliseconds, the median and the quartiles of neighbours' ratios, and the ratio of the least times.
 
     What the host adds is never below zero, so the least of many times is the one with the least of it.
     """
     ratios = [mine / theirs for mine, theirs in zip(own, base, strict=True)]
     quarters = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-    middle = statistics.median(own)
-    ratio = middle / statistics.median(base)
+    middle, ratio = statistics.median(own), statistics.median(ratios)
     spread = {"ratio_p25": quarters[0], "ratio_p75": quarters[2]}
     return {"ms": middle, "ratio": ratio, **spread, "least": min(own) / min(base)}
 
@@ -223,6 +251,7 @@ def measure(family: str, cases: Sequence[Case], device: torch.device, tiny: bool
     weights = torch.cuda.memory_allocated() if clock.cuda else 0
     runs = interleaved(lambda case: run(model, inputs, case, clock), cases, repeats, 3)
     answers = interleaved(lambda case: generate_ms(model, inputs, case, clock), cases, math.ceil(repeats / 2), 1)
+    decoded = decode_in_turns(model, inputs, cases, clock, math.ceil(repeats / 3))
     plain = runs[cases[0]]
     rows = []
     for case in cases:
@@ -234,7 +263,7 @@ def measure(family: str, cases: Sequence[Case], device: torch.device, tiny: bool
                 "case": asdict(case),
                 "name": case.name,
                 "prefill": compared([one.prefill_ms for one in own], [one.prefill_ms for one in plain]),
-                "decode_step": compared([one.decode_ms for one in own], [one.decode_ms for one in plain]),
+                "decode_step": compared(decoded[case], decoded[cases[0]]),
                 "generate": compared(answers[case], answers[cases[0]]),
                 "plan_ms": statistics.median(one.plan_ms for one in own),
                 "peak_bytes": max(one.peak_bytes for one in own),
