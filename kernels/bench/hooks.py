@@ -5,8 +5,8 @@
 
 `uniform` scores nothing: at keep=1 it is the hooks alone; `attention` at keep=1 adds the scoring. All cases of a repeat
 run one after another, in an order that turns with every repeat, so that drifting clocks meet all of them alike.
-Decoding steps take turns one by one, each case on a copy of the model with the same weights and on its own cache: what a
-busy host adds within seconds is larger than what hooks cost.
+Decoding steps take turns one by one, each case on a copy of the model with the same weights and on its own cache: what
+a busy host adds within seconds is larger than what hooks cost.
 Prints one table and writes DIR/hooks.json.
 """
 
