@@ -202,12 +202,13 @@ class Pruning:
         self._tower.keep_for_later()
         self._carried = True
         input_ids = args[0] if args else kwargs.get("input_ids")
-        glance = Glance.at(visual_kinds(self._anatomy, input_ids, kwargs.get("inputs_embeds")), self._mask)
+        kinds = visual_kinds(self._anatomy, input_ids, kwargs.get("inputs_embeds"))
+        glance = Glance.at(self._anatomy, kwargs, kinds, self._mask)
         self._glance = glance if bool(glance.kinds_on_host.any()) else None
 
     def _after_tower(self, tower: nn.Module, args: Any, output: Any) -> None:
         if self._glance is not None:
-            _ = self._glance.facts  # found out while the device is at work on the tower
+            _ = self._glance.facts, self._glance.breaks  # found out while the device is at work on the tower
 
     def _after_base(self, base: nn.Module, args: Any, output: Any) -> None:
         if self._carried:

@@ -214,7 +214,7 @@ def _lined(
 
     Overview and finer grid count as an image each: both are rectangles.
     """
-    whole = tower[-1] if tower else _own_size(anatomy)
+    whole = tower[-1] if tower else own_size(anatomy)
     if whole is None:
         raise VPruneError(f"{type(anatomy.base).__name__}: its config does not say how large a tile is")
     layout: list[VisualTokens] = []
@@ -333,7 +333,7 @@ def tokens_of(image: TowerImage) -> int:
     return math.prod(image.grid)
 
 
-def _own_size(anatomy: Anatomy) -> TowerImage | None:
+def own_size(anatomy: Anatomy) -> TowerImage | None:
     """An image of the config's own size, None if the config does not tell."""
     config = getattr(anatomy.tower, "config", None)
     pixels, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
@@ -344,7 +344,7 @@ def _own_size(anatomy: Anatomy) -> TowerImage | None:
 
 def _untracked(anatomy: Anatomy, counts: Sequence[int]) -> list[TowerImage]:
     """Images of the config's own size, for features that were computed before the hooks were in place."""
-    own = _own_size(anatomy)
+    own = own_size(anatomy)
     if own is not None and all(count % tokens_of(own) == 0 for count in counts):
         return [own] * (sum(counts) // tokens_of(own))
     return [TowerImage((1, 1, count)) for count in counts if count]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy, newline_places, visual_layout
 from vprune.models.aside import sent
+from vprune.models.breaks import breaks_to_come
 from vprune.models.cache import NOTHING_KNOWN, StoredRows, cache_for, cache_in, is_static, logical, stored_length
 from vprune.models.masks import DENSE_BACKENDS, new_rows_valid, padding_mask
 from vprune.records import Prefill, TowerImage, VisualTokens, instruction_rows
@@ -48,18 +49,26 @@ class Glance:
     """A look at a prompt before the vision tower is in the device's queue: later, the host would wait for the tower.
 
     `kinds` bool [kinds, B, L]: the places of pictures and of videos; `mask`: the caller's, [B, S + L], None if there is
-    none; `kinds_on_host`, `mask_on_host`: the same on the CPU.
+    none; `kinds_on_host`, `mask_on_host`: the same on the CPU. `tell_breaks` tells the places of line breaks, bool [B,
+    L] on the CPU, or None where nobody can yet.
     """
 
     kinds: Tensor
     mask: Tensor | None
     kinds_on_host: Tensor
     mask_on_host: Tensor | None
+    tell_breaks: Callable[[], Tensor | None]
 
     @classmethod
-    def at(cls, kinds: Tensor, mask: Tensor | None) -> Glance:
-        """Look now."""
-        return cls(kinds, mask, kinds.cpu(), None if mask is None else mask.cpu())
+    def at(cls, anatomy: Anatomy, kwargs: Mapping[str, Any], kinds: Tensor, mask: Tensor | None) -> Glance:
+        """Look now at what the model was called with."""
+        on_host = kinds.cpu()
+        return cls(kinds, mask, on_host, None if mask is None else mask.cpu(), breaks_to_come(anatomy, kwargs, on_host))
+
+    @cached_property
+    def breaks(self) -> Tensor | None:
+        """The places of line breaks, as far as they are known before the decoder's inputs are there."""
+        return self.tell_breaks()
 
     @cached_property
     def facts(self) -> Facts:
@@ -149,8 +158,11 @@ def read_prefill(
         seen = int(cache.get_seq_length()) if cache is not None else 0
         positions = torch.arange(seen, seen + length, device=device)[None]
     stored = stored_length(cache)
-    newlines = newline_places(anatomy, inputs)
-    images = visual_layout(anatomy, list(facts.kinds), tower, None if newlines is None else newlines.cpu())
+    newlines = glance.breaks
+    if newlines is None:
+        there = newline_places(anatomy, inputs)
+        newlines = None if there is None else there.cpu()  # the host waits for the vision tower
+    images = visual_layout(anatomy, list(facts.kinds), tower, newlines)
     return Prefill(
         anatomy=anatomy,
         hidden=inputs,

@@ -106,7 +106,10 @@ class _Run:
         refuse_untrainable(self.first_prompt)
         self.network = self._network(self.first_prompt).to(self.device)
         if config.start_from is not None:
-            start_from(self.network, str(config.start_from))
+            before = start_from(self.network, str(config.start_from))
+            if config.objective == "demand":  # (all else was learnt as that scorer's recipe says)
+                recipe = {**before.recipe, "demand": self.network.config.recipe["demand"]}
+                self.network.config = replace(self.network.config, recipe=recipe)
         self.average = {key: value.detach().clone() for key, value in self.network.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay
@@ -508,8 +511,10 @@ class _Run:
         return folder
 
 
-def start_from(network: ScorerNetwork, folder: str) -> None:
+def start_from(network: ScorerNetwork, folder: str) -> ScorerConfig:
     """Give a network the weights of a finished scorer of the same shape, but for those that foretell demand.
+
+    Returns what that scorer was built of.
 
     Raises:
         VPruneError: no scorer lies there, or its network is another.
@@ -523,3 +528,4 @@ def start_from(network: ScorerNetwork, folder: str) -> None:
             "the values of network.* that it was trained with"
         )
     network.load_state_dict({**own, **given})
+    return before.config
