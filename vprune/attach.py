@@ -58,7 +58,8 @@ def prune(model: Any, method: str | Pruner = "learned", keep: float | int | None
         A context manager; also `.attach()` and `.detach()`. `.last` is the `PruneReport` of the last prefill.
 
     Raises:
-        VPruneError: unknown method or option, keep out of range, not a vision-language model.
+        VPruneError: unknown method or option, keep out of range, a layer that the decoder does not have, not a
+            vision-language model.
 
     Example:
         >>> with vprune.prune(model, method="attention", keep=0.1) as pruning:
@@ -83,7 +84,7 @@ class Pruning:
         for method=full).
 
     Raises:
-        VPruneError: `model` is no vision-language model.
+        VPruneError: `model` is no vision-language model, or does not have the layer that the method was told.
     """
 
     def __init__(self, model: Any, pruner: Pruner) -> None:
@@ -92,6 +93,7 @@ class Pruning:
         refuse_compiled(model)
         self._anatomy: Anatomy = dissect(model)
         self._model = model
+        self._refuse_layer(pruner)
         self.pruner = pruner = pruner.fitted(len(self._anatomy.layers)).bound(self._anatomy)
         scorer = pruner.scorer
         self._tower = TowerWatch(
@@ -177,6 +179,12 @@ class Pruning:
         self._handles, self._layers_watched = [], False
         self._forget()
         self._tower.forget()
+
+    def _refuse_layer(self, pruner: Pruner) -> None:
+        count = len(self._anatomy.layers)
+        for layer in (pruner.layer, getattr(pruner.scorer, "layer", None)):
+            if layer is not None and not -count <= layer < count:
+                raise VPruneError(f"layer={layer}: the decoder has layers 0 to {count - 1}")
 
     def _forget(self) -> None:
         self._glance = self._mask = self._passage = self._whole = None

@@ -22,10 +22,7 @@ from vprune.recycling import OWN_ROWS, Absorption, Recycler, pool_cells, represe
 from vprune.scoring import Scorer
 from vprune.selection import Ranking, Selector, TopK, cell_of_token, cells_within, frame_by_frame
 
-_COMMON = (
-    "layer",
-    "seed",
-)  # accepted by every method, so that sweeps can set them; used by those whose parts have them
+_COMMON = ("layer", "seed")  # accepted by every method, for sweeps; used by those whose parts have them
 _PARTS = ("scorer", "selector")
 METHOD_FILE = ".yaml"
 
@@ -52,6 +49,8 @@ class Pruner:
             the most important tokens stay wherever they are; with "question", it is the mean over many questions, each
             of which gets the tokens that its answer needs, as far as a learned scorer can tell.
         minimum: at least so many tokens stay of every image (of every frame with budget="frame").
+        layer: the decoder layer that was asked for. Methods whose parts read one have it there; of the others it is
+            checked all the same, so that a sweep over methods and layers names a layer that the model does not have.
         name: the method's name, for reports.
 
     Raises:
@@ -74,6 +73,7 @@ class Pruner:
     stages: Sequence[Any] | None = None
     budget: str = "image"
     minimum: int = 1
+    layer: int | None = None
     name: str = ""
 
     hooked: ClassVar[bool] = True
@@ -93,6 +93,8 @@ class Pruner:
             )
         if isinstance(self.minimum, bool) or not isinstance(self.minimum, int) or self.minimum < 1:
             raise VPruneError(f"minimum={self.minimum!r}: give a number of tokens, at least 1")
+        if self.layer is not None and (isinstance(self.layer, bool) or not isinstance(self.layer, int)):
+            raise VPruneError(f"layer={self.layer!r}: give the number of a decoder layer")
         checked_stages(self.stages, self.keep)
 
     @property
@@ -359,11 +361,13 @@ def load_method(name: str, **options: Any) -> Pruner:
 def _place(config: dict[str, Any], name: str, option: str, value: Any) -> None:
     """Put an option where the method has it: at the top, or in the one part that knows it."""
     own = {key for key in config if key != "_target_"}  # what its class has beyond a Pruner's
-    top = ({one.name for one in fields(Pruner)} | own) - {"name", *_PARTS}
+    top = ({one.name for one in fields(Pruner)} - {"layer"} | own) - {"name", *_PARTS}
     parts = {part: config[part] for part in _PARTS if isinstance(config.get(part), dict)}
     owner = config if option in top else next((part for part in parts.values() if option in part), None)
     if owner is not None:
         owner[option] = value
+    elif option == "layer":
+        config[option] = value  # nothing reads it, but the model may not have it
     elif option not in _COMMON:
         known = top | {key for part in parts.values() for key in part if key != "_target_"} | set(_COMMON)
         raise VPruneError(f"method={name!r} has no option {option!r}: it has {', '.join(sorted(known))}")

@@ -90,10 +90,18 @@ def test_a_model_whose_decoder_is_not_found() -> None:
         vprune.prune(Blip2ForConditionalGeneration(config), "random")
 
 
-def test_a_layer_that_is_not_there(tiny_vlm: Any, tiny_processor: Any) -> None:
-    model, inputs = tiny_vlm(), batch(tiny_processor, "single")
-    with vprune.prune(model, "attention", layer=9), fails("layer=9: the decoder has layers 0 to 2"):
-        model.generate(**inputs, max_new_tokens=2)
+@pytest.mark.parametrize("method", vprune.method_names())
+def test_a_layer_that_is_not_there(tiny_vlm: Any, method: str) -> None:
+    """Methods without a layer take one too, for sweeps, and refuse one that the model does not have all the same."""
+    with fails("layer=9: the decoder has layers 0 to 2"):
+        vprune.prune(tiny_vlm(), method, layer=9)
+    with fails("layer='first': give the"):
+        load_method(method, layer="first")
+    assert load_method(method, layer=1).layer in (1, None)
+
+
+def test_a_layer_of_the_tower_that_is_not_there(tiny_vlm: Any) -> None:
+    model = tiny_vlm()
     with fails("tower_layer=5: the tower has layers 0 to 2"), vprune.prune(model, "vision", tower_layer=5):
         pass
     with vprune.prune(model, "random"):
