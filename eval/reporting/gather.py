@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vprune.errors import VPruneError
 from vprune.eval.reporting.sections import FULL, Entry, Gathered, Section
@@ -67,21 +67,72 @@ def _checked(run: Run) -> Run:
     return run
 
 
-def _sections(runs: Iterable[Run], folder: Path) -> list[Section]:
-    groups: dict[tuple[str, str, str, bool, str], list[Run]] = {}
-    for run in runs:
+class _Task(NamedTuple):
+    """What runs must share to be compared; `weights` and `questions` are checksums."""
+
+    model: str
+    weights: str
+    benchmark: str
+    blank: bool
+    questions: str
+    samples: int
+
+    @classmethod
+    def of(cls, run: Run) -> _Task:
         weights = str(_mapping(run.config.get("fingerprint")).get("model"))
-        task = (run.metrics["benchmark"], bool(run.config.get("blank")), _fingerprint(run))
-        groups.setdefault((weights, _model(run), *task), []).append(run)
+        blank = bool(run.config.get("blank"))
+        return cls(_model(run), weights, run.metrics["benchmark"], blank, _fingerprint(run), len(run.predictions))
+
+    def differences(self, other: _Task) -> list[str]:
+        """In what another task differs, in words."""
+        found = [f"of {other.model}"] if other.model != self.model else []
+        if other.weights != self.weights and not found:
+            checksums = f"{other.weights[:8]}, not {self.weights[:8]}"
+            found.append(f"of other files of the model ({checksums}; a card that was edited counts)")
+        found += [f"on {other.benchmark}"] if other.benchmark != self.benchmark else []
+        found += [f"with images{'' if other.blank else ' not'} blanked"] if other.blank != self.blank else []
+        if other.questions != self.questions:
+            numbers = (other.samples, self.samples)
+            theirs, own = numbers if numbers[0] != numbers[1] else (other.questions[:8], self.questions[:8])
+            found.append(f"of other questions ({theirs}, not {own})")
+        return found
+
+
+def _sections(runs: Iterable[Run], folder: Path) -> list[Section]:
+    groups: dict[_Task, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_Task.of(run), []).append(run)
+    baselines = {
+        task: next(run for run in members if run.metrics["method"] == FULL)
+        for task, members in groups.items()
+        if any(run.metrics["method"] == FULL for run in members)
+    }
     sections = []
-    for (_, model, benchmark, blank, fingerprint), members in groups.items():
-        full = next((run for run in members if run.metrics["method"] == FULL), None)
+    for task, members in groups.items():
+        full = baselines.get(task)
         entries = [_entry(run, members, full, folder) for run in members]
         entries.sort(key=lambda entry: (not entry.is_full, -entry.share, -entry.accuracy, entry.label))
-        size = len(members[0].predictions)
-        sections.append(Section(model, benchmark, blank, size, fingerprint, tuple(entries)))
+        told = (task.model, task.benchmark, task.blank, task.samples, task.questions, tuple(entries))
+        sections.append(Section(*told, _apart(task, groups), "" if full else _nearest(task, baselines, folder)))
     # The richest comparison first; blanked images, a control, last.
-    return sorted(sections, key=lambda section: (section.blank, -len(section.entries), section.title))
+    return sorted(sections, key=lambda section: (section.blank, -len(section.entries), section.title, section.detail))
+
+
+def _apart(task: _Task, tasks: Iterable[_Task]) -> str:
+    """What tells a task from the others of the same title and as many questions."""
+    same = [one for one in tasks if one._replace(weights=task.weights, questions=task.questions) == task]
+    weights, questions = ({getattr(one, name) for one in same} for name in ("weights", "questions"))
+    words = [f"model files {task.weights[:8]}"] if len(weights) > 1 else []
+    return ", ".join([*words, *([f"set {task.questions[:8]}"] if len(questions) > 1 else [])])
+
+
+def _nearest(task: _Task, baselines: Mapping[_Task, Run], folder: Path) -> str:
+    """Why the full run that is most like those of a task is not their baseline; empty if there is no full run."""
+    if not baselines:
+        return ""
+    other = min(baselines, key=lambda one: len(task.differences(one)))
+    name = baselines[other].folder.relative_to(folder).as_posix()
+    return f"the nearest full run, {name}, is {' and '.join(task.differences(other))}"
 
 
 def _entry(run: Run, members: Sequence[Run], full: Run | None, folder: Path) -> Entry:

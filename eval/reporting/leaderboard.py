@@ -9,6 +9,8 @@ from typing import Any
 
 from vprune.eval.reporting.sections import Entry, Gathered, Section
 
+_NAMED = 3  # runs that a sentence names; more of them it counts
+
 
 def rows(gathered: Gathered) -> list[dict[str, Any]]:
     """`leaderboard.json`: one object a run, sections one after the other."""
@@ -22,6 +24,7 @@ def _row(section: Section, entry: Entry) -> dict[str, Any]:
         "accuracy": entry.accuracy,
         "accuracy_stderr": entry.stderr,
         "retention": entry.retention,
+        "retention_caveat": section.caveat(entry) or None,
         "tokens_after": entry.tokens_after,
         "seconds": entry.seconds,
         "by_kind": entry.by_kind,
@@ -44,13 +47,12 @@ def _row(section: Section, entry: Entry) -> dict[str, Any]:
 
 def summary(section: Section) -> list[str]:
     """The section in a few sentences: the full model, then who does best at which budget."""
-    asked = f"{section.samples:,} question{'s' if section.samples != 1 else ''}"
     full = section.full
     if full is not None:
-        right = f"the model answers {_percent(full.accuracy)} of {asked} right"
+        right = f"the model answers {_percent(full.accuracy)} of {section.asked} right"
         sentences = [f"Reading all {full.tokens_before:.0f} visual tokens, {right}."]
     else:
-        sentences = [f"These runs asked {asked}; no run of the full model stands beside them."]
+        sentences = [f"These runs asked {section.asked}; no run of the full model stands beside them."]
     bests = [best for best in map(section.best, section.budgets) if best is not None]
     for (label, verb), group in groupby(bests, lambda best: (best.label, _verb(section, best))):
         sentences.append(_sentence(label, verb, list(group)))
@@ -58,7 +60,19 @@ def summary(section: Section) -> list[str]:
     if annotated:
         verb = "reads" if len(annotated) == 1 else "read"
         sentences.append(f"{_listed(annotated)} {verb} the annotation: the ceiling, left out of this comparison.")
-    return sentences
+    return sentences + caveats(section)
+
+
+def caveats(section: Section) -> list[str]:
+    """What to know about the column of retentions, a sentence each: which runs have none and why, and the like."""
+    said: dict[str, list[str]] = {}
+    for entry in section.entries:
+        said.setdefault(section.caveat(entry), []).append(f"{entry.label} {entry.budget}")
+    return [
+        f"Retention of {_listed(whom) if len(whom) <= _NAMED else f'{len(whom)} runs'}: {why}."
+        for why, whom in said.items()
+        if why
+    ]
 
 
 def _verb(section: Section, best: Entry) -> str:
@@ -88,7 +102,7 @@ def markdown(gathered: Gathered) -> str:
     """`leaderboard.md`: per section the sentences, accuracy by budget, and every run."""
     parts = ["# Leaderboard", ""]
     for section in gathered.sections:
-        parts += [f"## {section.title}", "", " ".join(summary(section)), ""]
+        parts += [f"## {section.title}, {section.detail}", "", " ".join(summary(section)), ""]
         parts += [
             *_pivot(section),
             "",
@@ -142,7 +156,7 @@ def _every_run(section: Section) -> list[str]:
             entry.budget,
             f"{entry.tokens_after:.1f}",
             f"{_percent(entry.accuracy)} ± {100 * entry.stderr:.1f}",
-            _percent(entry.retention),
+            _percent(entry.retention) or "none",
             "" if entry.seconds is None else f"{entry.seconds:.1f}",
             *(_percent(entry.by_kind.get(kind)) for kind in section.kinds),
         ]

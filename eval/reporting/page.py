@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,7 +12,6 @@ from vprune.eval.reporting.curves import colours, curves
 from vprune.eval.reporting.gallery import Gallery
 from vprune.eval.reporting.leaderboard import summary
 from vprune.eval.reporting.sections import Entry, Gathered, Section
-from vprune.eval.results import ENVIRONMENT_FILE
 
 _SOFTWARE = ("torch", "transformers", "vprune")
 
@@ -53,6 +51,7 @@ def _section(
     return {
         "anchor": anchor,
         "title": section.title,
+        "detail": section.detail,
         "samples": section.samples,
         "entries": section.entries,
         "summary": sentences,
@@ -66,9 +65,7 @@ def _section(
         "kinds": [(kind, counts.get(kind)) for kind in section.kinds],
         "gallery": gallery,
         "facts": _facts(section),
-        "commands": list(
-            dict.fromkeys(filter(None, (_environment(entry).get("command") for entry in section.entries)))
-        ),
+        "commands": list(dict.fromkeys(filter(None, (entry.environment.get("command") for entry in section.entries)))),
     }
 
 
@@ -87,6 +84,7 @@ def _row(section: Section, entry: Entry, colour: dict[str, str]) -> dict[str, An
         "accuracy": entry.accuracy,
         "stderr": entry.stderr,
         "retention": entry.retention,
+        "caveat": section.caveat(entry),
         "seconds": entry.seconds,
         "cells": [entry.accuracy, *(entry.by_kind.get(kind) for kind in section.kinds)],
     }
@@ -135,31 +133,17 @@ def _blank_accuracy(section: Section, sections: Sequence[Section]) -> float | No
 def _facts(section: Section) -> list[tuple[str, str]]:
     """Hardware, versions and the like, each distinct value of the section's runs."""
     found: dict[str, dict[str, None]] = {}
-    for environment in map(_environment, section.entries):
+    for entry in section.entries:
+        environment = entry.environment
         hardware, versions = environment.get("hardware") or {}, environment.get("versions") or {}
         processor = [hardware.get("processor"), f"{hardware['cores']} cores" if "cores" in hardware else None]
         facts = {
             "Hardware": hardware.get("gpu") or ", ".join(filter(None, processor)),
             "Precision": environment.get("dtype"),
             "Software": ", ".join(f"{name} {versions[name]}" for name in _SOFTWARE if name in versions),
-            "Source": str(environment.get("git_commit") or "")[:12],
+            "Source": entry.commit,
         }
         for name, value in facts.items():
             if value:
                 found.setdefault(name, {})[str(value)] = None
     return [(name, "; ".join(values)) for name, values in found.items()]
-
-
-def _commands(section: Section) -> list[str]:
-    """The commands behind the section's runs, each once."""
-    commands = (_environment(entry).get("command") for entry in section.entries)
-    return [str(command) for command in dict.fromkeys(commands) if command]
-
-
-def _environment(entry: Entry) -> dict[str, Any]:
-    """The run's `environment.json`; empty where it is missing or unreadable, since no result rests on it."""
-    try:
-        content = json.loads((entry.run.folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

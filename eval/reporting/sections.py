@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from vprune.eval.metrics import standard_error
 from vprune.eval.reporting.variants import method_settings
-from vprune.eval.results import Run
+from vprune.eval.results import ENVIRONMENT_FILE, Run
 
 FULL = "full"
 _DIFFERING = 8  # answers in which two runs differ; of fewer, a standard error means little
@@ -66,6 +67,20 @@ class Entry:
         """The run's predictions by sample id."""
         return {str(row["id"]): row for row in self.run.predictions}
 
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """The run's `environment.json`; empty where it is missing or unreadable, since no result rests on it."""
+        try:
+            content = json.loads((self.run.folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    @property
+    def commit(self) -> str:
+        """The commit of the source that answered, empty where it is not known."""
+        return str(self.environment.get("git_commit") or "")[:12]
+
     def option(self, key: str) -> Any:
         """A setting with which the run's method ran, None if it has no such setting."""
         return method_settings(self.run.config).get(key)
@@ -73,7 +88,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Section:
-    """Runs of one model on one set of samples: the only ones that are ranked against each other."""
+    """Runs of one model on one set of samples: the only ones that are ranked against each other.
+
+    `apart` is what tells the section from others of its title, empty where there are none; `nearest` is what keeps the
+    full run that is most like these from being their baseline, empty where they have one or none is in sight.
+    """
 
     model: str
     benchmark: str
@@ -81,11 +100,23 @@ class Section:
     samples: int
     fingerprint: str
     entries: tuple[Entry, ...]
+    apart: str = ""
+    nearest: str = ""
 
     @property
     def title(self) -> str:
-        """The section's heading."""
+        """The section's heading, which goes with its `detail`."""
         return f"{self.model} on {self.benchmark}" + (", every image blanked" if self.blank else "")
+
+    @property
+    def asked(self) -> str:
+        """How many questions."""
+        return f"{self.samples:,} question{'s' if self.samples != 1 else ''}"
+
+    @property
+    def detail(self) -> str:
+        """How many questions, and what tells the section from others of the same title."""
+        return f"{self.asked}, {self.apart}" if self.apart else self.asked
 
     @property
     def full(self) -> Entry | None:
@@ -96,6 +127,17 @@ class Section:
     def pruned(self) -> list[Entry]:
         """Everything but the unpruned model."""
         return [entry for entry in self.entries if not entry.is_full]
+
+    def caveat(self, entry: Entry) -> str:
+        """Why a run has no retention, or what to know about the one that it has; empty if there is nothing to say."""
+        full = self.full
+        if entry.retention is None:
+            if full is not None:
+                return "the full model is never right on these questions, so there is nothing to retain"
+            return self.nearest or "there is no full run beside them (method=full with the same out=)"
+        if full is not None and entry.commit and full.commit and entry.commit != full.commit:
+            return f"the full run is of commit {full.commit}, not of {entry.commit}"
+        return ""
 
     @property
     def kinds(self) -> list[str]:

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vprune.eval.console import complain, make_console
-from vprune.eval.reporting.leaderboard import pivot
+from vprune.eval.reporting.leaderboard import caveats, pivot
 from vprune.eval.reporting.sections import Gathered
 
 
@@ -17,7 +17,7 @@ def show(gathered: Gathered, index: Path) -> None:
     console = make_console()
     for section in gathered.sections:
         titles, lines = pivot(section)
-        console.print(escape(f"{section.title}: accuracy on {section.samples:,} questions"), soft_wrap=True)
+        console.print(escape(f"{section.title}: accuracy on {section.detail}"), soft_wrap=True)
         view = Table()
         for number, title in enumerate(titles):
             view.add_column(escape(title), justify="right" if number else "left", no_wrap=True)
@@ -26,6 +26,8 @@ def show(gathered: Gathered, index: Path) -> None:
         console.print(view)
         if any(entry.needs_annotation for entry in section.pruned):
             console.print("* reads the annotation: a ceiling, no method")
+        for sentence in caveats(section):
+            console.print(escape(sentence), soft_wrap=True)
     for name, why in gathered.unfinished.items():
         console.print(escape(f"unfinished: {name} ({why})"), soft_wrap=True)
     for name, why in gathered.broken.items():

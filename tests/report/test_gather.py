@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +62,56 @@ def test_seeds_tell_runs_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("other", "why"),
     [
-        {"first": 100},
-        {"samples": 30},
-        {"metrics": {"model": "other"}},
-        {"metrics": {"benchmark": "folder"}},
-        {"blank": True},
-        {"fingerprint": {"model": "other weights", "benchmark": "same"}},
+        ({"first": 100}, r"is of other questions \([0-9a-f]{8}, not [0-9a-f]{8}\)"),
+        ({"samples": 30}, r"is of other questions \(40, not 30\)"),
+        ({"metrics": {"model": "other"}}, "is of embedded"),
+        ({"metrics": {"benchmark": "folder"}}, "is on scenes"),
+        ({"blank": True}, "is with images not blanked"),
+        (
+            {"fingerprint": {"model": "fedcba9876543210", "benchmark": "same"}},
+            r"is of other files of the model \(01234567, not fedcba98; a card",
+        ),
     ],
 )
-def test_what_cannot_be_compared_is_never_ranked_together(tmp_path: Path, other: dict[str, Any]) -> None:
-    write_run(tmp_path / "full")
+def test_what_cannot_be_compared_is_never_ranked_together(
+    tmp_path: Path, other: dict[str, Any], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "full", fingerprint={"model": "0123456789abcdef"})
+    other = {"fingerprint": {"model": "0123456789abcdef"}, **other}
     write_run(tmp_path / "other", "random", 0.5, 0.5, **other)
     sections = gather(tmp_path).sections
     assert sorted(len(section.entries) for section in sections) == [1, 1]
     assert next(entry.retention for s in sections for entry in s.entries if entry.method == "random") is None
+    assert main([str(tmp_path), "gallery=0"]) == 0
+    told = re.compile(f"Retention of random 50%: the nearest full run, full, {why}")
+    written = [(tmp_path / name).read_text() for name in ("leaderboard.md", "index.html")]
+    assert all(told.search(text) for text in (*written, capsys.readouterr().out))
+    assert [bool(row["retention_caveat"]) for row in leaderboard(tmp_path)].count(True) == 1
+
+
+def test_runs_of_other_commits_are_compared_and_the_commits_told(tmp_path: Path) -> None:
+    write_run(tmp_path / "full")
+    for number in range(5):
+        environment = write_run(tmp_path / f"{number}", "random", 0.5, seed=number) / "environment.json"
+        facts = json.loads(environment.read_text())
+        environment.write_text(json.dumps(facts | {"git_commit": "fedcba9876543210" if number else None}))
+    report(tmp_path, gallery=0)
+    why = "the full run is of commit 0123456789ab, not of fedcba987654"
+    assert f"Retention of 4 runs: {why}." in (tmp_path / "leaderboard.md").read_text()
+    rows = leaderboard(tmp_path)
+    assert all(row["retention"] for row in rows)
+    assert [row["retention_caveat"] for row in rows].count(why) == 4
+
+
+def test_a_full_model_that_is_never_right_leaves_nothing_to_retain(tmp_path: Path) -> None:
+    write_run(tmp_path / "full", accuracy=0.0)
+    write_run(tmp_path / "a", "random", 0.5, 0.0)
+    report(tmp_path, gallery=0)
+    assert {row["retention_caveat"] for row in leaderboard(tmp_path)} == {
+        "the full model is never right on these questions, so there is nothing to retain"
+    }
 
 
 def test_one_token_is_not_all_tokens(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import re
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +70,30 @@ def test_the_page_can_be_read_without_eyes_and_mouse(text: str) -> None:
     assert len(ids) == len(set(ids))
     named = [attributes["aria-labelledby"] for _, attributes in page.elements if "aria-labelledby" in attributes]
     assert set(named) <= set(ids)
+
+
+def test_headings_of_two_sections_are_never_the_same(tmp_path: Path) -> None:
+    """Sections of one title: other weights, other questions as many, and other questions fewer."""
+    for name, more in {
+        "a": {"fingerprint": {"model": "0123456789abcdef"}},
+        "b": {"fingerprint": {"model": "fedcba9876543210"}},
+        "c": {"fingerprint": {"model": "0123456789abcdef"}, "first": 100},
+        "d": {"fingerprint": {"model": "0123456789abcdef"}, "samples": 30},
+    }.items():
+        write_sweep_of_two(tmp_path / name, more)
+    text = report(tmp_path, gallery=0).read_text(encoding="utf-8")
+    headings = [re.sub(r"<[^>]+>", "", one) for one in re.findall(r"<h[23][^>]*>(.*?)</h[23]>", text)]
+    assert len(headings) == len(set(headings)) == 4 * 5
+    assert "embedded on scenes 40 questions, model files fedcba98, set " in " ".join(headings)
+    titles = [line for line in (tmp_path / "leaderboard.md").read_text().splitlines() if line.startswith("## ")]
+    assert len(titles) == len(set(titles)) == 4
+    Page(text)
+
+
+def write_sweep_of_two(folder: Path, more: dict[str, Any]) -> None:
+    write_run(folder / "full", **more)
+    for keep in (0.5, 0.1):
+        write_run(folder / str(keep), "random", keep, 0.5, **more)
 
 
 def test_the_page_says_why_there_is_no_gallery(text: str) -> None:
