@@ -203,6 +203,42 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path: Path) -> None:
         claim(tmp_path, OmegaConf.merge(config, {"seed": 1}))  # type: ignore[arg-type]
 
 
+def test_a_folder_without_a_checkpoint_starts_anew_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from omegaconf import OmegaConf
+
+    from vprune.training.checkpoint import claim
+
+    made = {"answers.jsonl": ("model",)}
+    config: Any = OmegaConf.create({"out": str(tmp_path), "seed": 0, "objective": "effect", "model": "a"})
+    changed: Any = OmegaConf.merge(config, {"objective": "relevance"})
+    claim(tmp_path, config, made)
+    (tmp_path / "answers.jsonl").touch()
+    (tmp_path / "log.jsonl").write_text("of effect")
+    claim(tmp_path, config, made)
+    assert capsys.readouterr().out == ""
+    claim(tmp_path, changed, made)
+    said = "other values of objective (effect there, relevance here), and broken off before its first checkpoint: "
+    assert f"{tmp_path} was begun with {said}it starts anew and keeps answers.jsonl" in capsys.readouterr().out
+    assert OmegaConf.load(tmp_path / "config.yaml") == changed
+    assert [one.name for one in sorted(tmp_path.glob("log*"))] == ["log.jsonl.before"]
+    with pytest.raises(VPruneError, match="other values of model"):
+        claim(tmp_path, OmegaConf.merge(changed, {"model": "b"}), made)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("content", ["method: random\n", "a: [", "- 1\n", ""])
+def test_the_config_of_something_else_is_not_written_over(tmp_path: Path, content: str) -> None:
+    from omegaconf import OmegaConf
+
+    from vprune.training.checkpoint import claim
+
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(VPruneError, match=r"config\.yaml (is not of this recipe's making|cannot be read)"):
+        claim(tmp_path, OmegaConf.create({"out": str(tmp_path), "seed": 0}))
+    assert (tmp_path / "config.yaml").read_text() == content
+
+
 def test_the_card_of_the_shipped_scorer_tells_what_its_config_tells() -> None:
     from vprune.scoring.learned import shipped
     from vprune.scoring.network import ScorerNetwork

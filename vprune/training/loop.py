@@ -178,7 +178,7 @@ class TrainingLoop:
     def log(self, **row: Any) -> None:
         """Write a line of `log.jsonl`."""
         line = {"step": self.step, "seconds": round(self.seconds, 1), **row}
-        with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
+        with (self.out / checkpoint.LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     # -- stopping and going on --------------------------------------------------------------------------------------

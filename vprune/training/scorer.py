@@ -488,7 +488,7 @@ class _Run:
             yield seen.summaries, torch.stack(stays, -1)
 
     def _log(self, **row: Any) -> None:
-        with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
+        with (self.out / checkpoint.LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.step, **row}) + "\n")
 
     # -- stopping and going on --------------------------------------------------------------------------------------

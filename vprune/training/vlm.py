@@ -239,7 +239,7 @@ class _Run:
 
     def _log(self, **row: Any) -> None:
         line = {"step": self.step, "seconds": round(self.seconds, 1), **row}
-        with (self.out / "log.jsonl").open("a") as file:
+        with (self.out / checkpoint.LOG).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     # -- stopping and going on --------------------------------------------------------------------------------------
