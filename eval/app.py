@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
+from vprune.arguments import Parser
 from vprune.errors import VPruneError
+from vprune.eval.options import help_text
 
 _DESCRIPTION = """\
 Ask a model every question of a benchmark, with visual tokens pruned, and score its answers.
@@ -16,46 +17,18 @@ Ask a model every question of a benchmark, with visual tokens pruned, and score 
   vprune eval model=llava-hf/llava-1.5-7b-hf benchmark=my/folder method=attention keep=64
 
 A killed run goes on where it was when the same command is given again; a finished one prints its table again."""
-
-
-def help_text() -> str:
-    """The groups with their entries and every option with its default and meaning, read from the YAML files."""
-    from importlib.resources import files
-
-    from vprune.eval.overrides import GROUPS, entries
-
-    lines = ["groups (group=entry):"]
-    also = {
-        "model": ", or a folder, or a hub id owner/name",
-        "benchmark": ", or a folder with samples.jsonl and its images",
-    }
-    lines += [f"  {group:<10} {' '.join(entries(group))}{also.get(group, '')}" for group in GROUPS]
-    lines += ["", "options (key=value), with their defaults:"]
-    for line in (files("vprune.conf") / "eval.yaml").read_text(encoding="utf-8").splitlines():
-        key, colon, rest = line.partition(": ")
-        if colon and not line.startswith((" ", "#")):
-            value, _, meaning = rest.partition(" # ")
-            lines.append(f"  {f'{key}={value.strip()}':<20} {meaning}".rstrip())
-    lines += [
-        "",
-        "Keys of an entry can be set too: model.revision=main benchmark.template='{question} Answer with one word.'",
-        "exit codes: 0 done, 1 some samples failed (they are named), 2 a mistake in the command or in a file",
-    ]
-    return "\n".join(lines)
+_LAST = (
+    "Keys of an entry can be set too: model.revision=main benchmark.template='{question} Answer with one word.'",
+    "exit codes: 0 done, 1 some samples failed (they are named), 2 a mistake in the command or in a file",
+)
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `vprune eval` with these arguments and return its exit code; VPruneError for a user's mistake."""
-    parser = argparse.ArgumentParser(
-        prog="vprune eval",
-        usage="vprune eval [-m] [key=value ...]",
-        description=_DESCRIPTION,
-        epilog=help_text(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="what to run; groups, options and defaults below"
-    )
+    takes, told = "[-m] [key=value ...]", help_text("eval", _LAST)
+    parser = Parser("eval", takes, description=_DESCRIPTION, epilog=told)
+    what = "what to run; groups, options and defaults below"
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=what)
     parser.add_argument("-m", "--multirun", action="store_true", help="sweep: run every combination of comma lists")
     parser.add_argument("--cfg", action="store_true", help="print the composed configuration and run nothing")
     arguments = parser.parse_intermixed_args(list(argv))

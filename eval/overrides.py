@@ -6,7 +6,6 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vprune.errors import VPruneError
+from vprune.eval.options import GENERIC, entries, groups_of, listed, names_of
 from vprune.pruner import METHOD_FILE, method_label, read_method
 
-GROUPS = ("model", "method", "benchmark", "engine")
-_GENERIC = {"model": "hf", "benchmark": "folder"}
-_BESIDES = {
-    "model": ", a local folder, a hub id owner/name",
-    "method": ", a .yaml file",
-    "benchmark": ", a folder with samples.jsonl",
-}
 _PATHS = ("out", "model", "method", "benchmark", "model.path", "benchmark.path")
 _HUB_ID = r"[\w.-]+/[\w.-]+"
 
@@ -52,15 +45,10 @@ def compose_all(overrides: Sequence[str], sweep: bool = False, primary: str = "e
         return [_composed(combination, primary) for combination in _combinations(overrides, sweep)]
 
 
-def entries(group: str) -> list[str]:
-    """The names of a config group: its YAML files."""
-    folder = files("vprune.conf") / group
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def unknown(key: str, value: object, known: Sequence[str], besides: str = "") -> VPruneError:
-    """The error for a value that is none of those known, with the nearest one suggested."""
-    return VPruneError(f"{key}={value} is unknown{_nearest(str(value), known)}; there is {', '.join(known)}{besides}")
+def unknown(key: str, value: object, known: Sequence[str], words: str = "") -> VPruneError:
+    """The error for a value that is none of those known (listed in other `words`), with the nearest one suggested."""
+    there_is = words or ", ".join(known)
+    return VPruneError(f"{key}={value} is unknown{_nearest(str(value), known)}; there is {there_is}")
 
 
 def _combinations(overrides: Sequence[str], sweep: bool) -> list[list[Override]]:
@@ -105,7 +93,7 @@ def _composed(overrides: Sequence[Override], primary: str) -> Composed:
         line
         for override in overrides
         if override not in within and not (file and override.key_or_group == "method")
-        for line in _lines(override)
+        for line in _lines(override, primary)
     ]
     try:
         composed = compose(primary, overrides=lines, return_hydra_config=True)
@@ -132,30 +120,30 @@ def _refuse_strangers(overrides: Sequence[Override], primary: str) -> None:
         VPruneError: such a key.
     """
     added = [one.key_or_group for one in overrides if one.is_add() or one.is_force_add()]
-    strangers = [key for key in added if "." not in key and key != "hydra" and key not in GROUPS]
+    strangers = [key for key in added if "." not in key and key != "hydra"]
     if strangers:
-        known = sorted(str(key) for key in compose(primary))
+        known = names_of(primary)
         if strangers[0] not in known:
             raise VPruneError(
                 f"there is no option {strangers[0]!r}{_nearest(strangers[0], known)}; there is {', '.join(known)}"
             )
 
 
-def _lines(override: Override) -> list[str]:
+def _lines(override: Override, primary: str) -> list[str]:
     """The override itself, or the generic entry of its group and the path that its value names."""
     key, line = override.key_or_group, str(override.input_line)
-    if key not in GROUPS or override.package is not None or override.is_add():
+    if key not in groups_of(primary) or override.package is not None or override.is_add():
         return [line]
     value = override.value()
     name = value.text if isinstance(value, QuotedString) else str(value)
     if name in entries(key):
         return [line]
     folder = Path(name).expanduser()
-    if key in _GENERIC and name.strip() and folder.is_dir():
+    if key in GENERIC and name.strip() and folder.is_dir():
         name = str(folder.resolve())
     elif key != "model" or not re.fullmatch(_HUB_ID, name):
-        raise unknown(key, name, entries(key), _BESIDES.get(key, ""))
-    return [f"{key}={_GENERIC[key]}", f"{key}.path={_quoted(name)}"]
+        raise unknown(key, name, entries(key), listed(key))
+    return [f"{key}={GENERIC[key]}", f"{key}.path={_quoted(name)}"]
 
 
 def _quoted(text: str) -> str:
@@ -191,11 +179,12 @@ def _complaint(error: HydraException, lines: Sequence[str], primary: str) -> VPr
     if found is None:
         return VPruneError(" ".join(str(error).split()))
     key = found.group(1)
-    groups = [line for line in lines if line.partition("=")[0] in GROUPS]
-    known = [*GROUPS, *(name for name in _flat(compose(primary, overrides=groups)) if not name.endswith("_target_"))]
-    group = key.partition(".")[0]
-    shown = [name for name in known if name.startswith(f"{group}.")] if "." in key else []
-    shown = shown or [name for name in known if "." not in name]
+    groups = [line for line in lines if line.partition("=")[0] in groups_of(primary)]
+    within = f"{key.partition('.')[0]}."
+    shown = (
+        [name for name in _flat(compose(primary, overrides=groups)) if name.startswith(within)] if "." in key else []
+    )
+    shown = [name for name in shown if not name.endswith("_target_")] or names_of(primary)
     return VPruneError(f"there is no option {key!r}{_nearest(key, shown)}; there is {', '.join(shown)}")
 
 

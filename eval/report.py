@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from vprune.arguments import Parser
 from vprune.errors import VPruneError
 from vprune.eval.reporting.gather import gather
 from vprune.eval.reporting.sections import Gathered
@@ -41,16 +41,10 @@ def report(folder: str | Path, gallery: int = GALLERY) -> Path:
 
 def main(argv: Sequence[str]) -> int:
     """Run `vprune report`; 0, or 1 if a run could not be read. VPruneError for a user's mistake."""
-    parser = argparse.ArgumentParser(
-        prog="vprune report",
-        usage="vprune report DIR [gallery=N]",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("report", "DIR [gallery=N]", description=_DESCRIPTION)
     parser.add_argument("folder", metavar="DIR", help="what `vprune eval` wrote to with out=DIR, or the folder above")
-    parser.add_argument(
-        "options", nargs="*", metavar="gallery=N", help=f"pictures of N samples a section; default {GALLERY}"
-    )
+    pictures = f"pictures of N samples a section; default {GALLERY}"
+    parser.add_argument("options", nargs="*", default=[], metavar="gallery=N", help=pictures)
     arguments = parser.parse_args(list(argv))
     gallery = _gallery(arguments.options)
 

@@ -13,7 +13,7 @@ from vprune.eval.models import ATTENTIONS, DTYPES, ModelChoice
 from vprune.eval.overrides import Composed, compose_all, unknown
 from vprune.pruner import read_method
 
-PRUNING_OPTIONS = ("layer", "recycle", "size_aware", "stages", "budget", "minimum", "backend")
+PRUNING_OPTIONS = ("layer", "recycle", "size_aware", "stages", "budget", "minimum")
 _TOLD_ELSEWHERE = ("model", "method", "benchmark", "keep", "limit", "seed", "blank", "out", "overwrite")
 
 

@@ -17,21 +17,21 @@ _INTERRUPTED = 130
 # What Hydra raises about overrides; by name, because importing Hydra would slow `vprune --help` down.
 _COMPOSITION_ERRORS = ("ConfigCompositionException", "MissingConfigException", "OverrideParseException")
 
-_TRAINING = "vprune.training.cli"
-# verb -> (what it does, where its main lives)
-_VERBS: dict[str, tuple[str, str]] = {
-    "eval": ("ask a model the questions of a benchmark, with its visual tokens pruned", "vprune.eval.app"),
-    "report": ("gather runs into leaderboard.md, leaderboard.json and index.html", "vprune.eval.report"),
-    "train": ("train a part that vprune ships: vlm, scorer, clip, sam", _TRAINING),
-    "bench": ("time kernels or a whole model", "vprune.bench.app"),
-    "segment": ("turn what a model attends to into masks", "vprune.segmentation.app"),
-    "tune": ("search the parameters of a method", "vprune.training.tune_app"),
-}
 _RECIPES = {
     "vlm": "the embedded vision-language model, from scratch",
     "scorer": "the network that learns which tokens matter",
     "clip": "the embedded CLIP, which names crops and compares words",
     "sam": "the embedded SAM, which draws masks from points, boxes and masks",
+}
+_TRAINING = "vprune.training.cli"
+# verb -> (what it does, where its main lives)
+_VERBS: dict[str, tuple[str, str]] = {
+    "eval": ("ask a model the questions of a benchmark, with its visual tokens pruned", "vprune.eval.app"),
+    "report": ("gather runs into leaderboard.md, leaderboard.json and index.html", "vprune.eval.report"),
+    "train": (f"train a part that vprune ships: {', '.join(_RECIPES)}", _TRAINING),
+    "bench": ("time kernels or a whole model", "vprune.bench.app"),
+    "segment": ("turn what a model attends to into masks", "vprune.segmentation.app"),
+    "tune": ("search the parameters of a method", "vprune.training.tune_app"),
 }
 
 

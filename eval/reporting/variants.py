@@ -27,7 +27,6 @@ def variant(config: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]) -> st
         words = [_word(key, value) for key, value in mine.items() if value != plain.get(key)]
     else:
         words = _differing(mine, map(method_settings, peers))
-    words += [_word("backend", config["backend"])] if config.get("backend") is not None else []
     return ", ".join([*words, *_differing(_surroundings(config), map(_surroundings, peers))])
 
 
@@ -48,7 +47,7 @@ def _settings(method: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _surroundings(config: Mapping[str, Any]) -> dict[str, Any]:
-    return _flat({key: value for key, value in config.items() if key not in {"method", "backend"} | _TOLD | _PLACED})
+    return _flat({key: value for key, value in config.items() if key not in {"method"} | _TOLD | _PLACED})
 
 
 def _differing(mine: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -22,7 +22,8 @@ from vprune.eval.benchmarks.scienceqa import ScienceQa
 from vprune.eval.benchmarks.videomme import VideoMme
 from vprune.eval.benchmarks.vizwiz import VizWizGrounding
 from vprune.eval.benchmarks.vqa import TextVqa, VqaV2
-from vprune.eval.overrides import compose_all, entries
+from vprune.eval.options import entries
+from vprune.eval.overrides import compose_all
 from vprune.eval.settings import read_jobs
 
 OWN = ("folder", "scenes", "scenes_fresh", "scenes_segment")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -7,8 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from vprune import __version__
+from vprune import VPruneError, __version__
+from vprune.budgets import BUDGETS
 from vprune.cli import main
+from vprune.eval.models import DTYPES
+from vprune.eval.options import entries, options_of
+from vprune.eval.overrides import compose_all
+from vprune.recycling import RECYCLERS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,6 +49,63 @@ def test_a_wrong_word_is_a_mistake(arguments: list[str], capsys: pytest.CaptureF
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
     assert captured.err or captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report"], "vprune report needs DIR (what `vprune eval` wrote to with out=DIR, or the folder above): vprune"),
+        (["report", "--gallery=0"], "vprune report needs DIR (what "),
+        (["report", "runs", "--gallery=0"], "vprune report knows no --gallery=0; use it as vprune report DIR [gallery"),
+        (["segment"], "vprune segment needs IMAGE_OR_DIR (a picture, or a folder of them): vprune segment IMAGE_OR"),
+        (
+            ["eval", "--nothing"],
+            "vprune eval knows no --nothing; use it as vprune eval [-m] [key=value ...]. Try vprune",
+        ),
+        (["tune", "-x"], "vprune tune knows no -x; use it as vprune tune [key=value ...]. Try vprune tune --help"),
+        (["eval", "--cfg=x"], "vprune eval: argument --cfg: ignored explicit argument 'x'. Try vprune eval --help"),
+    ],
+)
+def test_words_that_do_not_fit_are_told_in_a_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {message}") and captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("verb", ["eval", "tune", "segment"])
+def test_the_help_lists_what_the_errors_list(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    groups, options = capsys.readouterr().out.partition("groups (group=entry):\n")[2].split("\n\n")[:2]
+    entries = dict(re.findall(r"^  (\w+) +(.+(?:\n {13}.+)*)", groups, re.MULTILINE))
+    names = [*entries, *re.findall(r"^  ([\w.]+)=", options, re.MULTILINE)]
+    for group, listed in entries.items():
+        with pytest.raises(VPruneError) as said:
+            compose_all([f"{group}=nonsense"], primary=verb)
+        assert str(said.value).endswith(f"; there is {' '.join(listed.split())}")
+    for stranger in ("nonsense=1", "+nonsense=1"):
+        with pytest.raises(VPruneError) as said:
+            compose_all([stranger], primary=verb)
+        assert str(said.value) == f"there is no option 'nonsense'; there is {', '.join(names)}"
+
+
+@pytest.mark.parametrize("verb", ["eval", "tune", "segment"])
+def test_the_help_tells_every_choice(verb: str) -> None:
+    told = {option.name: option.meaning for option in options_of(verb)}
+    assert all(told.values())
+    for key, known in {"recycle": RECYCLERS, "budget": BUDGETS, "dtype": DTYPES}.items():
+        words = re.sub(r" \(.*?\)", "", told.get(key, " | ".join(known)))
+        assert " | ".join(known) in words
+
+
+def test_the_help_of_train_lists_its_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    recipes = re.findall(r"^  (\w+)  ", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(recipes) == entries("train")
+    assert main(["train", "nonsense"]) == 2
+    assert f"there is {', '.join(recipes)}. Try" in capsys.readouterr().err
 
 
 def test_a_near_miss_is_suggested(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vprune import VPruneError
-from vprune.eval.overrides import entries
+from vprune.eval.options import entries
 from vprune.eval.settings import read_jobs
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from vprune import VPruneError, kernels
-from vprune.bench.app import Options, main, read_options
-from vprune.bench.kernels import OPERATIONS, SIZES, Maker
+from vprune.bench.app import OPERATIONS, Options, main, read_options
+from vprune.bench.kernels import SIZES, Maker
 
 SMALL = ["device=cpu", "repeats=1"]
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 
-from vprune.bench.results import options_text, read_words, write
+from vprune.bench.results import DEVICES, options_text, read_words, write
 from vprune.errors import VPruneError
 
 DONE, SOME_FAILED, MISTAKE = 0, 1, 2
@@ -59,17 +59,19 @@ class Options:
     commit: str | None = None
 
 
+OPERATIONS = ("column_mass", "compact", "compact_batch", "compact_kv", "recycle", "select")
 _MEANINGS = {
     "out": "the folder for bench.csv and bench.json",
-    "ops": "all, or some of column_mass,compact,compact_batch,compact_kv,recycle,select",
-    "device": "cuda or cpu (cuda where there is one)",
-    "size": "full or tiny (full on cuda)",
-    "dtype": "bfloat16, float16 or float32",
-    "backend": "auto, triton or torch; one asked for by name never falls back",
-    "compile": "true or false: also time torch.compile of the torch expression (true on cuda)",
+    "ops": f"all, or some of {','.join(OPERATIONS)}",
+    "device": "cuda where there is one",
+    "size": "full on cuda",
+    "dtype": "of the inputs",
+    "backend": "one asked for by name never falls back",
+    "compile": "also time torch.compile of the torch expression; true on cuda",
     "repeats": "how often every call is timed",
     "commit": "what to record in place of what git says of the source",
 }
+_CHOICES = {**DEVICES, "backend": ("auto", "triton", "torch"), "compile": ("true", "false")}
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def main(argv: Sequence[str]) -> int:
 def help_text() -> str:
     """The subjects, and every option with its default and meaning."""
     subjects = [f"  {name:<9}{text}" for name, (text, _) in SUBJECTS.items()]
-    kernels = options_text(Options, _MEANINGS)
+    kernels = options_text(Options, _MEANINGS, _CHOICES)
     model = import_module(SUBJECTS["model"][1]).help_text()
     return _USAGE.format(subjects="\n".join(subjects), kernels=kernels, model=model)
 
@@ -131,21 +133,14 @@ def read_options(words: Sequence[str]) -> Options:
     Raises:
         VPruneError: a word is no key=value, a key is unknown, or a value is none of those allowed.
     """
-    choices = {
-        "device": ("cuda", "cpu"),
-        "size": ("full", "tiny"),
-        "dtype": ("bfloat16", "float16", "float32"),
-        "backend": ("auto", "triton", "torch"),
-        "compile": ("true", "false"),
-    }
-    return Options(**read_words("kernels", words, _MEANINGS, choices, ("repeats",)))
+    return Options(**read_words("kernels", words, _MEANINGS, _CHOICES, ("repeats",)))
 
 
 def bench_kernels(options: Options) -> int:
     """Time the operations, print a table, write bench.csv and bench.json; 1 if one failed its check."""
     import torch
 
-    from vprune.bench.kernels import OPERATIONS, SIZES, Maker
+    from vprune.bench.kernels import SIZES, Maker
     from vprune.bench.measuring import measured
     from vprune.eval.environment import describe
 

@@ -274,9 +274,6 @@ class Maker:
         return cases
 
 
-OPERATIONS = ("column_mass", "compact", "compact_batch", "compact_kv", "recycle", "select")
-
-
 def _flat_index_select(tokens: Tensor, index: Tensor) -> Tensor:
     """As if nothing were padding."""
     first = torch.arange(index.shape[0], device=index.device)[:, None] * tokens.shape[1]

@@ -13,7 +13,7 @@ from typing import Any
 
 from vprune.bench.app import DONE, SOME_FAILED
 from vprune.bench.model_rows import BOUND_CELLS, BOUND_KEEP, Cell, Row, line_of
-from vprune.bench.results import options_text, read_words, write
+from vprune.bench.results import DEVICES, options_text, read_words, write
 from vprune.errors import VPruneError
 
 
@@ -44,40 +44,41 @@ class Options:
 
 
 MEANINGS = {
-    "model": "onevision-7b, qwen2vl-7b or qwen2vl-2b",
+    "model": "at full size on cuda",
     "out": "the folder for bench.csv and bench.json",
-    "device": "cuda or cpu (cuda where there is one)",
-    "size": "full or tiny (full on cuda)",
-    "dtype": "bfloat16, float16 or float32",
-    "kind": "image, video, or both: image,video",
+    "device": "cuda where there is one",
+    "size": "full on cuda",
+    "dtype": "of weights and activations",
+    "kind": "both with image,video",
     "tokens": "visual tokens a sample (729,7290,29160; tiny: 64,640), to the nearest whole picture or frame",
     "batch": "samples (1,8,32; tiny: 1,2)",
     "keep": "shares of the visual tokens; the cells of 0.1 come first",
     "method": "a name in conf/method/",
-    "scorer": "random: the network of method=learned with random weights, so that what it costs is counted",
+    "scorer": "the network of method=learned with random weights, so that what it costs is counted",
     "recycle": "as the method takes it",
-    "size_aware": "true or false, as the method takes it",
+    "size_aware": "as the method takes it",
     "layer": "as the method takes it",
-    "decode": "eager; compiled: a static cache and torch.compile; graph: a static cache and CUDA graphs alone",
+    "decode": "compiled has a static cache and torch.compile, graph a static cache and CUDA graphs alone",
     "new": "numbers of new tokens, end to end",
-    "measure": "prefill, answer, or both",
+    "measure": "both with prefill,answer",
     "repeats": "how often a prefill is timed; an answer half as often",
     "minutes": "begin no further cell after so many minutes, cells with bounds of their own first",
     "commit": "what to record in place of what git says of the source",
 }
 _CHOICES = {
-    "device": ("cuda", "cpu"),
-    "size": ("full", "tiny"),
-    "dtype": ("bfloat16", "float16", "float32"),
+    **DEVICES,
     "scorer": ("random",),
     "size_aware": ("true", "false"),
     "decode": ("eager", "compiled", "graph"),
 }
+_LISTS = {"kind": ("image", "video"), "measure": ("prefill", "answer")}  # of which several may be given
 
 
 def help_text() -> str:
     """Every option with its default and meaning."""
-    return options_text(Options, MEANINGS)
+    from vprune.bench.architectures import ARCHITECTURES
+
+    return options_text(Options, MEANINGS, {**_CHOICES, **_LISTS, "model": tuple(ARCHITECTURES)})
 
 
 def read_options(words: Sequence[str]) -> Options:
@@ -94,7 +95,7 @@ def read_options(words: Sequence[str]) -> Options:
     options = Options(**values)
     if options.scorer and options.method != "learned":
         raise VPruneError(f"scorer={options.scorer} belongs to method=learned, not to method={options.method}")
-    for key, allowed in (("kind", ("image", "video")), ("measure", ("prefill", "answer"))):
+    for key, allowed in _LISTS.items():
         for one in getattr(options, key).split(","):
             if one not in allowed:
                 raise VPruneError(f"{key}={getattr(options, key)}: choose {', '.join(allowed)}, or both")

@@ -12,6 +12,9 @@ from typing import Any
 
 from vprune.errors import VPruneError
 
+DEVICES = {"device": ("cuda", "cpu"), "size": ("full", "tiny"), "dtype": ("bfloat16", "float16", "float32")}
+"""What every bench lets choose of."""
+
 
 def read_words(
     subject: str,
@@ -44,12 +47,13 @@ def read_words(
     return values
 
 
-def options_text(options: type[Any], meanings: Mapping[str, str]) -> str:
-    """A line an option: its default and what it means."""
+def options_text(options: type[Any], meanings: Mapping[str, str], choices: Mapping[str, Sequence[str]]) -> str:
+    """A line an option: its default, what it may be, and what it means."""
     lines = []
     for field in fields(options):
         default = "" if field.default is None else field.default
-        lines.append(f"  {f'{field.name}={default}':<24} {meanings[field.name]}")
+        told = [*([" | ".join(choices[field.name])] if field.name in choices else []), meanings[field.name]]
+        lines.append(f"  {f'{field.name}={default}':<24} {': '.join(told)}")
     return "\n".join(lines)
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from vprune.arguments import Parser
 from vprune.errors import VPruneError
+from vprune.eval.options import help_text
 
 _DESCRIPTION = """\
 Outline what a vision-language model says it sees, or what a phrase means: no category list, no training.
@@ -23,20 +23,16 @@ Outline what a vision-language model says it sees, or what a phrase means: no ca
 annotations.json is a COCO file; overlay/NAME.png shows it. A folder that was broken off goes on where it was."""
 _ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 _JOURNAL, _RESULT, _CONFIG = "images.jsonl", "annotations.json", "config.yaml"
+_EXIT_CODES = "exit codes: 0 done, 1 some images failed (they are named), 2 a mistake in the command or in a file"
 _ELSEWHERE = ("out", "overwrite", "overlay", "device")
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `vprune segment`; exit code 0 done, 1 some images failed. VPruneError for a user's mistake."""
-    parser = argparse.ArgumentParser(
-        prog="vprune segment",
-        usage="vprune segment IMAGE_OR_DIR [key=value ...]",
-        description=_DESCRIPTION,
-        epilog=_options(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("image", metavar="IMAGE_OR_DIR")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    told = help_text("segment", [_EXIT_CODES])
+    parser = Parser("segment", "IMAGE_OR_DIR [key=value ...]", description=_DESCRIPTION, epilog=told)
+    parser.add_argument("image", metavar="IMAGE_OR_DIR", help="a picture, or a folder of them")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="how; options below")
     arguments = parser.parse_intermixed_args(list(argv))
     config = configured(arguments.overrides)
     return run(Path(arguments.image).expanduser(), config)
@@ -283,21 +279,3 @@ class Results:
         draft = self.out / f".{_RESULT}.draft"
         draft.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         draft.replace(self.out / _RESULT)
-
-
-def _options() -> str:
-    lines = ["groups: model=, method= (prunes the image), segmenter= and maps= with these entries:"]
-    for group in ("segmenter", "maps"):
-        folder = files("vprune.conf") / group
-        names = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-        lines.append(f"  {group:<10} {' '.join(names)}")
-    lines += ["", "options (key=value), with their defaults:"]
-    for line in (files("vprune.conf") / "segment.yaml").read_text(encoding="utf-8").splitlines():
-        key, colon, rest = line.partition(": ")
-        if colon and not line.startswith(("#", "  -")):
-            value, _, meaning = rest.partition(" # ")
-            shown = key.strip() if not line.startswith(" ") else f"prompting.{key.strip()}"
-            if "_target_" not in shown:
-                lines.append(f"  {f'{shown}={value.strip()}':<30} {meaning}".rstrip())
-    lines += ["", "exit codes: 0 done, 1 some images failed (they are named), 2 a mistake in the command or in a file"]
-    return "\n".join(lines)

@@ -172,12 +172,14 @@ def made_recipe(given: Mapping[str, Any] | str | None) -> Recipe:
     """
     from omegaconf import OmegaConf
 
-    from vprune.eval.overrides import entries, unknown
+    from vprune.eval.options import entries, listed
+    from vprune.eval.overrides import unknown
     from vprune.segmentation.app import configured, recipe_of
 
     if isinstance(given, str):
         if given not in entries("recipe"):
-            raise unknown("benchmark.recipe", given, entries("recipe"), ", or fields of conf/segment.yaml")
+            words = f"{listed('recipe')}, or fields of conf/segment.yaml"
+            raise unknown("benchmark.recipe", given, entries("recipe"), words)
         text = (files("vprune.conf") / "recipe" / f"{given}.yaml").read_text(encoding="utf-8")
         fields: Any = OmegaConf.to_container(OmegaConf.create(text))
     else:

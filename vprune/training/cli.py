@@ -26,15 +26,12 @@ _KINDS: dict[type, str] = {bool: "true or false", int: "an integer", float: "a n
 
 
 def main(arguments: list[str]) -> int:
-    """Runs `vprune train WHAT key=value ...`.
+    """Runs `vprune train WHAT key=value ...`; that WHAT is a recipe `vprune.cli` has seen to.
 
     Raises:
-        VPruneError: WHAT is no recipe, or an override does not fit its configuration.
+        VPruneError: an override does not fit the recipe's configuration.
     """
     recipes = {"vlm": _train_vlm, "scorer": _train_scorer, "clip": _train_clip, "sam": _train_sam}
-    if not arguments or arguments[0] not in recipes:
-        given = arguments[0] if arguments else "nothing"
-        raise VPruneError(f"vprune train {given}: recipes are {', '.join(recipes)}; for example `vprune train vlm`.")
     name, *overrides = arguments
     recipe: Callable[[DictConfig], Path] = recipes[name]
     print(recipe(configured(name, overrides)))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vprune.arguments import Parser
 from vprune.errors import VPruneError
+from vprune.eval.options import help_text
 
 _DESCRIPTION = """\
 Search the settings of a progressive method for one model and one budget, without looking at a single answer.
@@ -22,17 +23,10 @@ pruned model) by Gaussian-process optimisation, and writes a YAML: vprune eval m
 
 def main(argv: Sequence[str]) -> int:
     """Run `vprune tune`; 0. VPruneError for a user's mistake."""
-    from importlib.resources import files
-
-    options = (files("vprune.conf") / "tune.yaml").read_text(encoding="utf-8")
-    parser = argparse.ArgumentParser(
-        prog="vprune tune",
-        usage="vprune tune [key=value ...]",
-        description=_DESCRIPTION,
-        epilog="options:\n" + options.partition("_self_\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="what to search; options below")
+    told = help_text("tune", ["exit codes: 0 done, 2 a mistake in the command or in a file"])
+    parser = Parser("tune", "[key=value ...]", description=_DESCRIPTION, epilog=told)
+    what = "what to search; options below"
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=what)
     print(tune(parser.parse_args(list(argv)).overrides))
     return 0
 
