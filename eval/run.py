@@ -26,6 +26,8 @@ from vprune.eval.results import Run, siblings, with_retention
 from vprune.eval.run_folder import RunFolder
 from vprune.eval.settings import PRUNING_OPTIONS, Job
 
+_MANY = 1000  # questions that are worth a warning where they take their time
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -122,6 +124,12 @@ def _continue(plan: Plan, console: Console, label: str) -> Run:
         if done:
             plan.folder.check_surroundings(session.facts)
         writer = stack.enter_context(plan.folder.writing(size, session.facts))
+        # (Of several workers, or of a GPU's first batch, no time can be told ahead.)
+        patient = session.facts["device"] == "cpu" and "workers" not in session.facts
+        if patient and config["limit"] is None and total - len(rows) > _MANY:
+            console.print(
+                f"{total:,} questions on a CPU; for a first look, limit=256 asks a draw of them", soft_wrap=True
+            )
         right = sum(row["correct"] for row in rows)
         meter = stack.enter_context(progress(console, label, total, len(rows), right))
         for batch, answered in zip(left, session.answered, strict=True):
@@ -131,6 +139,9 @@ def _continue(plan: Plan, console: Console, label: str) -> Run:
             writer.append(fresh, answered.seconds)
             rows += fresh
             meter.advance(len(fresh), sum(row["correct"] for row in fresh))
+            minutes = answered.seconds.get("total", 0.0) / len(fresh) * (total - len(rows)) / 60
+            if patient and batch is left[0] and minutes > 1:
+                console.print(f"{label}: about {minutes:.0f} minutes to go", soft_wrap=True)
         seconds = writer.seconds
     return plan.folder.finish(_metrics(plan, rows, seconds))
 

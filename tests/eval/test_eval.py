@@ -103,6 +103,21 @@ def test_a_full_run_that_comes_later_counts_too(evaluate: Eval, tmp_path: Path) 
     assert read_predictions(tmp_path / "all/random") == before
 
 
+def test_what_will_take_long_on_a_cpu_is_said_at_the_start(
+    evaluate: Eval, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vprune.eval.run._MANY", 12)
+    assert evaluate("method=full", "device=cpu", f"out={tmp_path / 'quick'}") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("24 questions on a CPU; for a first look, limit=256 asks a draw of them\n")
+    assert "minutes" not in out
+    monkeypatch.setattr(Predictor, "take_seconds", lambda self: {"total": 60.0})
+    assert evaluate("method=full", "limit=20", "device=cpu", f"out={tmp_path / 'slow'}") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("full 1.0: about 4 minutes to go\n")
+    assert out.count("minutes") == 1
+
+
 def test_a_finished_run_is_shown_not_repeated(
     evaluate: Eval, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
