@@ -69,6 +69,29 @@ def test_the_best_setting_is_written_and_the_methods_own_came_first(tuned: Path)
     assert method.scorer.alpha == best["alpha"] and method.scorer.threshold == best["threshold"]
 
 
+def test_what_came_of_it_is_said_and_scenes_drawn_for_it_go(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = [f"model={tiny_folder}", f"out={out}", "benchmark=scenes_fresh", "benchmark.images=1", "keep=0.3"]
+    assert main(["tune", *words, "samples=2", "trials=6", "method.first=2.5", "method.second=0.25", "device=cpu"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    trials = trials_of(out)
+    best = max(trials, key=lambda trial: trial["flow"])
+    path = out / "vflowopt_tuned.yaml"
+    assert said[0].startswith("drawing 1 scenes to ask about") and "benchmark.cache=DIR" in said[0]
+    gain = f"{best['flow'] - trials[0]['flow']:.5f} above that of the method's own, {trials[0]['flow']:.5f}"
+    assert (
+        best["trial"] and f"trial {best['trial']} of 6 (first {best['first']}, second " in said[-3] and gain in said[-3]
+    )
+    assert said[-2] == f"written to {path}, all settings tried to {out / 'trials.jsonl'}"
+    assert said[-1].endswith(f"vprune eval model={tiny_folder} method={path} keep=0.3 limit=256")
+    assert sorted(one.name for one in out.iterdir()) == ["trials.jsonl", path.name]
+    assert main(["tune", *words, "samples=2", "trials=1", "device=cpu", f"benchmark.cache={tmp_path / 'kept'}"]) == 0
+    assert "of 1 trials none is better than the method's own setting (first 1.17, " in capsys.readouterr().out
+    assert len(list(tmp_path.glob("kept/*/samples.jsonl"))) == 1
+
+
 def test_what_is_written_prunes_and_can_be_tuned_again(
     tune: Tune, tuned: Path, tiny_folder: Path, benchmark: Path, tmp_path: Path, tiny_vlm: Any, tiny_processor: Any
 ) -> None:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from vprune.arguments import Parser
 from vprune.errors import VPruneError
 from vprune.eval.options import help_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vprune.training.tuner import Trial
+
+TRIALS = "trials.jsonl"
 
 _DESCRIPTION = """\
 Search the settings of a progressive method for one model and one budget, without looking at a single answer.
@@ -27,12 +36,12 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser("tune", "[key=value ...]", description=_DESCRIPTION, epilog=told)
     what = "what to search; options below"
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=what)
-    print(tune(parser.parse_args(list(argv)).overrides))
+    tune(parser.parse_args(list(argv)).overrides)
     return 0
 
 
 def tune(overrides: Sequence[str] = ()) -> Path:
-    """Search as `overrides` of conf/tune.yaml ask; returns the path of the YAML written.
+    """Search as `overrides` of conf/tune.yaml ask, and say what came of it; returns the path of the YAML written.
 
     Raises:
         VPruneError: a value out of range, a method without thirds, or optuna is not installed.
@@ -63,11 +72,11 @@ def tune(overrides: Sequence[str] = ()) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise VPruneError(f"out={folder} cannot be written to ({error})") from error
-    loaded, batches, samples = _samples(config, folder)
+    loaded, batches, samples = _samples(config, folder, console)
     tried, total = [], config["trials"]
     console.print(f"tuning {name} for keep={config['keep']}: {total} settings, each on {samples} samples")
     flow = LastTokenFlow(loaded, batches)
-    with (folder / "trials.jsonl").open("w", encoding="utf-8") as log, Progress(console=console) as bar:
+    with (folder / TRIALS).open("w", encoding="utf-8") as log, Progress(console=console) as bar:
         task = bar.add_task("tuning", total=total)
         for trial in search(flow, source, options, total, config["seed"]):
             tried.append(trial)
@@ -80,7 +89,28 @@ def tune(overrides: Sequence[str] = ()) -> Path:
         f"{samples} samples, seed {config['seed']}."
     )
     tuned = name if name.endswith("_tuned") else f"{name}_tuned"
-    return write_method(folder, tuned, {**method, **fixed}, best, tried[0], says)
+    path = write_method(folder, tuned, {**method, **fixed}, best, tried[0], says)
+    for sentence in _outcome(config, tried, best, path):
+        console.print(sentence, soft_wrap=True, markup=False)
+    return path
+
+
+def _outcome(config: dict[str, Any], tried: Sequence[Trial], best: Trial, path: Path) -> list[str]:
+    """What was found, what is gained over the method's own setting, where it is, and what to do with it."""
+    own, settings = tried[0], ", ".join(f"{key} {value}" for key, value in best.options.items())
+    if best.number:
+        found = f"trial {best.number} of {len(tried)} ({settings}) keeps a last-token flow of {best.flow:.5f}"
+        gain = f"{best.flow - own.flow:.5f} above that of the method's own, {own.flow:.5f}"
+    else:
+        found = f"of {len(tried)} trials none is better than the method's own setting ({settings})"
+        gain = f"whose last-token flow is {own.flow:.5f}"
+    model = [] if config["model"]["name"] == "embedded" else [f"model={config['model']['path']}"]
+    following = ["vprune", "eval", *model, f"method={path}", f"keep={config['keep']}", "limit=256"]
+    return [
+        f"{found}, {gain} (1 is the unpruned model's)",
+        f"written to {path}, all settings tried to {path.with_name(TRIALS)}",
+        f"how many answers it gets right: {shlex.join(following)}",
+    ]
 
 
 def _changed(method: dict[str, Any], source: str) -> dict[str, Any]:
@@ -91,15 +121,26 @@ def _changed(method: dict[str, Any], source: str) -> dict[str, Any]:
     return dict(changes(method, read_method(source)))
 
 
-def _samples(config: dict[str, Any], folder: Path) -> tuple[Any, list[Any], int]:
-    """The model, the inputs of the questions drawn, and how many these are."""
+def _samples(config: dict[str, Any], folder: Path, console: Console) -> tuple[Any, list[Any], int]:
+    """The model, the inputs of the questions drawn, and how many these are; scenes drawn for them go again."""
+    if config["benchmark"].get("cache", "") is None:
+        console.print(
+            f"drawing {config['benchmark']['images']} scenes to ask about, a second or less each "
+            "(benchmark.images=N: fewer; benchmark.cache=DIR: kept for the next time)",
+            soft_wrap=True,
+        )
+    with TemporaryDirectory(prefix=".scenes-", dir=folder) as drawn:
+        return _drawn(config, drawn)
+
+
+def _drawn(config: dict[str, Any], cache: str) -> tuple[Any, list[Any], int]:
     from vprune.eval.batches import draw
     from vprune.eval.models import ModelChoice, load
     from vprune.eval.predictor import Predictor
     from vprune.eval.run import load_benchmark
 
     model, engine, size = config["model"], config["engine"], config["batch_size"]
-    benchmark = load_benchmark(json.dumps(config["benchmark"]), str(folder))
+    benchmark = load_benchmark(json.dumps(config["benchmark"]), cache)
     choice = ModelChoice(
         path=model["path"],
         revision=model["revision"],
