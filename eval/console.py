@@ -14,7 +14,7 @@ from rich.table import Table
 
 from vprune.eval.results import Run
 
-_SECONDS_BETWEEN_LINES = 15.0
+SECONDS_BETWEEN_LINES = 15.0
 _PLAIN_WIDTH = 120
 
 
@@ -70,7 +70,7 @@ class _Lines:
         self._done += samples
         self._right += right
         now = time.monotonic()
-        if now - self._last >= _SECONDS_BETWEEN_LINES or self._done == self._total:
+        if now - self._last >= SECONDS_BETWEEN_LINES or self._done == self._total:
             self._last = now
             accuracy = _share(self._right, self._done)
             self._console.print(f"{self._label}: {self._done}/{self._total}, accuracy {accuracy}", soft_wrap=True)

@@ -77,6 +77,30 @@ def test_nothing_found_is_a_valid_file(tmp_path: Path, capsys: pytest.CaptureFix
     assert (out / "overlay" / "x.png").is_file()
 
 
+def test_overwriting_with_a_mistake_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image, out = tmp_path / "x.png", tmp_path / "out"
+    scene(3)[0].save(image)
+    assert main(["segment", str(image), f"out={out}", "device=cpu", "phrase=red circle"]) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    words = [str(image), f"out={out}", "device=cpu", "phrase=red zebra"]
+    assert main(["segment", *words, "overwrite=true"]) == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert main(["segment", *words]) == 2
+    assert "another command" in capsys.readouterr().err
+
+
+def test_a_folder_s_progress_is_told_where_there_is_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vprune.eval.console.SECONDS_BETWEEN_LINES", 0.0)
+    for name in "abc":
+        scene(3)[0].save(tmp_path / f"{name}.png")
+    assert main(["segment", str(tmp_path), f"out={tmp_path / 'out'}", "device=cpu", "phrase=circle"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[:3] == [f"segment: {done} of 3 images" for done in range(3)]
+    assert told[3].startswith("3 masks in 3 images, written to")
+
+
 def test_mistakes_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, image, nothing = tmp_path / "text.jpg", tmp_path / "x.png", tmp_path / "none"
     text.write_text("no image")
@@ -87,7 +111,9 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         ([str(tmp_path / "nowhere.png")], "does not exist"),
         ([str(nothing)], "holds no images"),
         ([str(text)], "is not an image"),
-        ([str(image), "phrase=日本"], "cannot be found"),
+        ([str(image), "phrase=日本"], "tokenizer does not know '日本' (it knows above, "),
+        ([str(image), "phrase=the red zebra"], "tokenizer does not know 'zebra' (it knows above, "),
+        ([str(nothing.parent), "phrase=zebra and yak"], "does not know 'zebra', 'and', 'yak'"),
         ([str(image), "phrase= the . "], "names nothing"),
         ([str(image), "method=fastv", "keep=0.5", "phrase=circle"], "before the first layer"),
         ([str(image), "method=random", "keep=0.5", "marked=4", "phrase=circle"], "leave marked at 0"),
@@ -96,4 +122,8 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         assert main(["segment", *words, "device=cpu", out]) == 2
         line = capsys.readouterr().err.strip()
         assert told in line and "\n" not in line
+        assert not (tmp_path / "out").exists()
+    (tmp_path / "out").touch()
+    assert main(["segment", str(image), "device=cpu", out]) == 2
+    assert f"out={tmp_path / 'out'} cannot be written ({tmp_path / 'out'} is a file)" in capsys.readouterr().err
     assert main(["segment"]) == 2 and "IMAGE_OR_DIR" in capsys.readouterr().err

@@ -110,7 +110,7 @@ def test_mistakes(session: Session, tmp_path: Path) -> None:
     picture = scene(SCENE)[0]
     with pytest.raises(VPruneError, match="names nothing"):
         session(picture, " the . ")
-    with pytest.raises(VPruneError, match="cannot be found"):
+    with pytest.raises(VPruneError, match="does not know"):
         session(picture, "日本")
     with pytest.raises(VPruneError, match="unknown"):
         load_segmenter("sam_vit_x")

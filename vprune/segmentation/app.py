@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,19 +89,28 @@ def run(source: Path, config: Mapping[str, Any]) -> int:
         failed = _each(work, folder, left, console, bool(config["overlay"]), alone=not source.is_dir())
     folder.write(config)
     found = sum(len(row["annotations"]) for row in folder.rows.values())
-    images = f"{len(folder.rows)} image{'s' * (len(folder.rows) != 1)}"
-    console.print(f"{found} masks in {images}, written to {out / _RESULT}", soft_wrap=True)
+    masks, images = (
+        f"{count} {one}{'s' * (count != 1)}" for count, one in ((found, "mask"), (len(folder.rows), "image"))
+    )
+    console.print(f"{masks} in {images}, written to {out / _RESULT}", soft_wrap=True)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     return 1 if failed else 0
 
 
 def _each(work: Work, folder: Results, left: Sequence[Path], console: Any, overlay: bool, alone: bool) -> list[str]:
-    from rich.progress import Progress
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from vprune.eval.console import SECONDS_BETWEEN_LINES
 
     failed = []
-    with Progress(console=console, transient=True, disable=len(left) < 2) as bar:
-        for path in bar.track(left, description="segment"):
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    said, shown = time.monotonic(), console.is_terminal and len(left) > 1
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
+        for number, path in enumerate(bar.track(left, description="segment")):
+            if not console.is_terminal and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                console.print(f"segment: {number} of {len(left)} images", soft_wrap=True)
             try:
                 picture, masks, labels = work(path)
                 drawn = masks.overlay(picture) if overlay else None
@@ -137,6 +148,7 @@ class Work:
         from vprune.eval.models import ModelChoice, load, pick_device
         from vprune.segmentation.labels import Labeller, read_categories
         from vprune.segmentation.segment import Session
+        from vprune.segmentation.words import refuse_unsayable
 
         device = pick_device(config["device"])
         self.recipe = recipe_of(config)
@@ -146,6 +158,8 @@ class Work:
         loaded = load(
             ModelChoice(model["path"], model["revision"], model["trust_remote_code"], config["dtype"], config["device"])
         )
+        if self.phrase is not None:
+            refuse_unsayable(self.phrase, loaded.processor.tokenizer)
         segmenter = _made(instantiate, {**config["segmenter"], "device": str(device)})
         self.labeller = None if categories is None else Labeller(categories, config["clip"], device)
         self.session = Session((loaded.model, loaded.processor), segmenter, self.recipe, pruner, config["device"])
@@ -205,8 +219,10 @@ def _made(instantiate: Any, part: Mapping[str, Any]) -> Any:
 class Results:
     """The folder of one command: a journal of what is done, and the COCO file made of it.
 
+    Nothing is written before the first image is done, so a mistake that shows up only then leaves the folder as it was.
+
     Raises:
-        VPruneError: another configuration's results are there.
+        VPruneError: another configuration's results are there, or it cannot be written.
     """
 
     def __init__(self, out: Path, source: Path, config: Mapping[str, Any]) -> None:
@@ -215,24 +231,35 @@ class Results:
         self.out, self.source = out, source
         self.rows: dict[str, dict[str, Any]] = {}
         told = {"source": str(source.resolve()), **{k: v for k, v in config.items() if k not in _ELSEWHERE}}
+        self._told = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
+        self._whole: list[bytes] | None = []  # lines of the journal to go on from, None once the folder is begun
         file, journal = out / _CONFIG, out / _JOURNAL
-        if config["overwrite"]:
-            journal.unlink(missing_ok=True)
-        elif file.is_file() and journal.is_file() and yaml.safe_load(file.read_text(encoding="utf-8")) != told:
-            raise VPruneError(f"{out} holds the results of another command: give another out=DIR, or overwrite=true")
-        try:
-            (out / "overlay").mkdir(parents=True, exist_ok=True)
-            file.write_text(yaml.safe_dump(told, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        except OSError as error:
-            raise VPruneError(f"out={out} cannot be written ({error}); choose another folder with out=DIR") from error
-        for line in self._lines(journal):
-            self.rows[line["file_name"]] = line
+        if journal.is_file() and not config["overwrite"]:
+            if file.is_file() and yaml.safe_load(file.read_text(encoding="utf-8")) != told:
+                raise VPruneError(
+                    f"{out} holds the results of another command: give another out=DIR, or overwrite=true"
+                )
+            # (The kill may have come in the middle of a line.)
+            self._whole = [line for line in journal.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        place = next(one for one in (out, *out.resolve().parents) if one.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            why = "no permission" if place.is_dir() else f"{place} is a file"
+            raise VPruneError(f"out={out} cannot be written ({why}); choose another folder with out=DIR")
+        self.rows |= {row["file_name"]: row for row in map(json.loads, self._whole)}
 
-    def _lines(self, journal: Path) -> Iterator[dict[str, Any]]:
-        if journal.is_file():
-            whole = [line for line in journal.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-            journal.write_bytes(b"".join(whole))  # the kill may have come in the middle of a line
-            yield from (json.loads(line) for line in whole)
+    def _begin(self) -> None:
+        """Make the folder what `config.yaml` says of it, once."""
+        if self._whole is None:
+            return
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / _CONFIG).write_text(self._told, encoding="utf-8")
+            (self.out / _JOURNAL).write_bytes(b"".join(self._whole))
+        except OSError as error:
+            raise VPruneError(
+                f"out={self.out} cannot be written ({error}); choose another folder with out=DIR"
+            ) from error
+        self._whole = None
 
     def name_of(self, path: Path) -> str:
         """An image's name in the COCO file: its path below the folder."""
@@ -240,6 +267,7 @@ class Results:
 
     def add(self, path: Path, masks: Any, labels: Sequence[str], drawn: Any) -> None:
         """Write one image's results down."""
+        self._begin()
         name = self.name_of(path)
         height, width = masks.size
         annotations = [{**one, "label": label} for one, label in zip(masks.to_coco(), labels, strict=True)]
@@ -258,6 +286,7 @@ class Results:
         """Write `annotations.json`: images by name, categories in the order of the list, or of their first mask."""
         from vprune.segmentation.labels import read_categories
 
+        self._begin()
         given = read_categories(config["categories"]) or []
         said = [one["label"] for name in sorted(self.rows) for one in self.rows[name]["annotations"]]
         categories = {name: number for number, name in enumerate(dict.fromkeys([*given, *said]), start=1)}

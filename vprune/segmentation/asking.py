@@ -13,14 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from vprune.attach import prune
-from vprune.errors import VPruneError
 from vprune.eval.models import visual_token_ids
 from vprune.pruner import Pruner
 from vprune.segmentation.marked import with_marked
 from vprune.segmentation.prompting import Candidate
 from vprune.segmentation.reading import Reading, read
 from vprune.segmentation.recipe import Recipe
-from vprune.segmentation.words import TokenText, names_in, plain, unaligned
+from vprune.segmentation.words import TokenText, names_in, plain, refuse_unsayable, unaligned
 
 _AT_ONCE = 8  # prompts answered in one batch
 
@@ -51,10 +50,8 @@ class Respondent:
         Raises:
             VPruneError: it names nothing, or nothing that the tokenizer can say.
         """
-        wanted = plain(phrase)
-        if not wanted:
-            raise VPruneError(f"phrase={phrase!r} names nothing")
-        found = []
+        refuse_unsayable(phrase, self.processor.tokenizer)
+        wanted, found = plain(phrase), []
         for number, view in enumerate(views):
             inputs = self._inputs([view], [self.recipe.refer.format(phrase=wanted)])
             text, ids = self._text(inputs)

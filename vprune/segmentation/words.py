@@ -19,6 +19,7 @@ _ARTICLE = re.compile(r"^(?:(?:a|an|the|some|one|several)(?:\s+|$))+", re.IGNORE
 _BETWEEN = re.compile(r"[,;\n]|\band\b|(?<=[a-z])\.(?:\s|$)", re.IGNORECASE)
 _BULLET = re.compile(r"^[\s\-*•]*(?:\d+[.)]\s*)?")
 _LONGEST = 6
+_SMALL_VOCABULARY = 500  # tokens; of a larger one the words are not listed
 
 
 def names_in(answer: str) -> list[str]:
@@ -87,6 +88,26 @@ class TokenText:
 
 def _squeezed(text: str) -> str:
     return re.sub(r"\s+", "", text).lower()
+
+
+def refuse_unsayable(phrase: str, tokenizer: Any) -> None:
+    """Refuse a phrase before any picture is looked at.
+
+    Raises:
+        VPruneError: it names nothing, or holds words that the tokenizer does not know.
+    """
+    if not plain(phrase):
+        raise VPruneError(f"phrase={phrase!r} names nothing")
+    unknown = tokenizer.unk_token_id
+    words = [word for word in plain(phrase).split() if unknown in tokenizer(word, add_special_tokens=False).input_ids]
+    if unknown is not None and words:
+        vocabulary = tokenizer.get_vocab()
+        told = sorted(word for word in vocabulary if word.isalpha() and word not in STOP_WORDS)
+        known = f" (it knows {', '.join(told)})" if len(vocabulary) <= _SMALL_VOCABULARY else ""
+        raise VPruneError(
+            f"phrase={phrase!r}: the model's tokenizer does not know {', '.join(map(repr, words))}{known}; say it in "
+            "other words, or give a model that knows them with model="
+        )
 
 
 def unaligned(phrase: str) -> VPruneError:
