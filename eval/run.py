@@ -25,6 +25,7 @@ from vprune.eval.predictor import Answer
 from vprune.eval.results import Run, siblings, with_retention
 from vprune.eval.run_folder import RunFolder
 from vprune.eval.settings import PRUNING_OPTIONS, Job
+from vprune.models.foreseen import foresee
 
 _MANY = 1000  # questions that are worth a warning where they take their time
 
@@ -117,6 +118,8 @@ def _continue(plan: Plan, console: Console, label: str) -> Run:
     if not left:  # killed between its last batch and its metrics
         with plan.folder.writing(size, {}) as writer:
             return plan.folder.finish(_metrics(plan, rows, writer.seconds))
+    if plan.method is not None and not plan.benchmark.has_video:
+        foresee(models.resolve(config["model"]["path"]), config["model"]["revision"]).refuse(plan.method)
     total = sum(map(len, plan.batches))
     with ExitStack() as stack:
         with console.status(f"loading {config['model']['name']}"):

@@ -24,6 +24,7 @@ from vprune.models.cache import (
     widened,
     without_cache,
 )
+from vprune.models.foreseen import refuse_layers
 from vprune.models.masks import layer_mask, prefill_mask, refuse_bias, refuse_windows, stored_mask
 from vprune.models.prefill import (
     Glance,
@@ -93,7 +94,7 @@ class Pruning:
         refuse_compiled(model)
         self._anatomy: Anatomy = dissect(model)
         self._model = model
-        self._refuse_layer(pruner)
+        refuse_layers([pruner.layer, getattr(pruner.scorer, "layer", None)], len(self._anatomy.layers))
         self.pruner = pruner = pruner.fitted(len(self._anatomy.layers)).bound(self._anatomy)
         scorer = pruner.scorer
         self._tower = TowerWatch(
@@ -179,12 +180,6 @@ class Pruning:
         self._handles, self._layers_watched = [], False
         self._forget()
         self._tower.forget()
-
-    def _refuse_layer(self, pruner: Pruner) -> None:
-        count = len(self._anatomy.layers)
-        for layer in (pruner.layer, getattr(pruner.scorer, "layer", None)):
-            if layer is not None and not -count <= layer < count:
-                raise VPruneError(f"layer={layer}: the decoder has layers 0 to {count - 1}")
 
     def _forget(self) -> None:
         self._glance = self._mask = self._passage = self._whole = None

@@ -166,6 +166,30 @@ def test_too_many_tokens_are_refused_before_anything_is_written(
     assert not (tmp_path / "here").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["method=attention", "keep=37"], "keep=37 but the image has 36 visual tokens (6 x 6); give at most 36"),
+        (["method=random", "stages=[[0,36],[1,40]]"], "keep=40 but the image has 36"),
+        (["method=random", "layer=3"], "layer=3: the decoder has layers 0 to 2"),
+        (["method=attention", "layer=-4"], "layer=-4: the decoder has layers 0 to 2"),
+        (["method=attention", "stages=[1,3]"], "layer=3: the decoder has layers 0 to 2"),
+    ],
+)
+def test_what_the_config_of_the_model_tells_is_refused_without_the_model(
+    evaluate: Eval,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    told: str,
+) -> None:
+    monkeypatch.setattr(
+        "vprune.eval.engines.local.load_model", cache(lambda choice: pytest.fail("the model was loaded"))
+    )
+    assert evaluate(*words, "out=here") == 2
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("keep", ["0", "1.5", "-3", "0.0", "half"])
 def test_a_bad_keep_is_refused(evaluate: Eval, tmp_path: Path, capsys: pytest.CaptureFixture[str], keep: str) -> None:
     assert evaluate("method=random", f"keep={keep}") == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 
 import vprune
 from tests.conftest import build_model
+from tests.exactness import families
 from tests.exactness.agreement import refused
 from tests.exactness.prompts import batch
+from vprune.models.foreseen import Foreseen, foresee
 from vprune.pruner import Pruner, load_method
 from vprune.selection import Random
 
@@ -98,6 +101,27 @@ def test_a_layer_that_is_not_there(tiny_vlm: Any, method: str) -> None:
     with fails("layer='first': give the"):
         load_method(method, layer="first")
     assert load_method(method, layer=1).layer in (1, None)
+
+
+@pytest.mark.parametrize(("tower", "side"), [("siglip", 6), ("clip", 6)])
+def test_what_is_foreseen_is_what_comes(tmp_path: Path, tiny_processor: Any, tower: str, side: int) -> None:
+    model = build_model(tower)
+    model.save_pretrained(tmp_path)
+    seen = foresee(str(tmp_path))
+    assert seen == Foreseen(len(model.model.language_model.layers), side)
+    with vprune.prune(model, "random", keep=1.0) as pruning:
+        model.generate(**batch(tiny_processor, "single"), max_new_tokens=2)
+    assert pruning.last is not None and pruning.last.tokens_before == side**2
+
+
+def test_what_a_config_does_not_tell_is_not_foreseen(tmp_path: Path) -> None:
+    """Of families that cut pictures up, of configs of few words, and of models that are not at hand."""
+    assert foresee("owner/name") == foresee(str(tmp_path)) == Foreseen()
+    for family in ("llava_next", "qwen2_vl", "gemma3"):
+        families.build(family, torch.float32).save_pretrained(tmp_path)
+        seen = foresee(str(tmp_path))
+        assert seen.side is None and seen.layers is not None
+        Foreseen().refuse(load_method("attention", keep=10**6, layer=99))
 
 
 def test_a_layer_of_the_tower_that_is_not_there(tiny_vlm: Any) -> None:

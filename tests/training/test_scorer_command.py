@@ -351,6 +351,7 @@ def test_mistakes_about_folders(
     (bare / "samples.jsonl").write_text((folder / "samples.jsonl").read_text())
     said = error(f"questions={bare}")
     assert "samples.jsonl, line 1: image" in said and "0.png does not exist" in said
+    assert not run.exists()  # told before the model is loaded and the folder claimed
     # What a run has made stands for the recipe that made it: its answers, its labels, its checkpoint.
     prepared(command()).save()
     assert "holds a run with other values of optimizer.steps (4 there, 9 here): give" in error("optimizer.steps=9")
@@ -362,6 +363,29 @@ def test_mistakes_about_folders(
     (tmp_path / "file").touch()
     assert f"out={tmp_path / 'file'} cannot be written to" in error(f"out={tmp_path / 'file'}")
     assert "Qwen3VLModel adds features after 2 of its 3 layers" in error(f"out={tmp_path / 'new'}", family="qwen3_vl")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["questions=nodir"], "questions=nodir: benchmark folder nodir does not exist"),
+        (["limit=1"], "limit=1: 1 of 11 questions, and at least 2 are needed"),
+        (["model=nodir"], "model=nodir is neither a folder here nor"),
+        (["questions=painted"], "with questions=painted: those are about the embedded model's world"),
+    ],
+)
+def test_what_needs_no_model_is_told_before_one_is_loaded(
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    told: str,
+) -> None:
+    monkeypatch.setattr("vprune.training.scorer.load_model", lambda *_: pytest.fail("a model was loaded"))
+    assert main(["train", "scorer", *command(*words)]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_placeholder_in_an_answer_ends_it(

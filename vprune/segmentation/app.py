@@ -145,23 +145,26 @@ class Work:
     def __init__(self, config: Mapping[str, Any]) -> None:
         from hydra.utils import instantiate
 
-        from vprune.eval.models import ModelChoice, load, pick_device
+        from vprune.eval.models import ModelChoice, load, pick_device, resolve
+        from vprune.models.foreseen import foresee
         from vprune.segmentation.labels import Labeller, read_categories
         from vprune.segmentation.segment import Session
         from vprune.segmentation.words import refuse_unsayable
 
         device = pick_device(config["device"])
         self.recipe = recipe_of(config)
-        self.phrase, pruner = config["phrase"], method_of(config)
+        self.phrase, pruner, model = config["phrase"], method_of(config), config["model"]
+        if pruner is not None:
+            foresee(resolve(model["path"]), model["revision"]).refuse(pruner)
         categories = read_categories(config["categories"])
-        model = config["model"]
+        segmenter = _made(instantiate, {**config["segmenter"], "device": str(device)})
+        self.labeller = None if categories is None else Labeller(categories, config["clip"], device)
+        # The largest comes last, so that what is wrong with the others is told soon.
         loaded = load(
             ModelChoice(model["path"], model["revision"], model["trust_remote_code"], config["dtype"], config["device"])
         )
         if self.phrase is not None:
             refuse_unsayable(self.phrase, loaded.processor.tokenizer)
-        segmenter = _made(instantiate, {**config["segmenter"], "device": str(device)})
-        self.labeller = None if categories is None else Labeller(categories, config["clip"], device)
         self.session = Session((loaded.model, loaded.processor), segmenter, self.recipe, pruner, config["device"])
 
     def __call__(self, path: Path) -> tuple[Any, Any, list[str]]:

@@ -39,6 +39,25 @@ def load_model(name: str, device: str) -> LoadedModel:
     return loaded
 
 
+def drawn(folder: str, limit: int | None) -> tuple[Folder, list[Sample]]:
+    """A folder of questions, and those of them that are asked.
+
+    Raises:
+        VPruneError: no such folder, images that are missing, or fewer than two questions.
+    """
+    try:
+        benchmark = Folder(folder)
+    except VPruneError as error:
+        raise VPruneError(f"questions={folder}: {error}") from error
+    samples = draw(list(benchmark.samples), limit, 0)
+    if len(samples) < 2:
+        raise VPruneError(
+            f"questions={folder} limit={limit}: {len(samples)} of {len(benchmark.samples)} questions, and at "
+            "least 2 are needed, one to learn from and one to measure on"
+        )
+    return benchmark, samples
+
+
 class Questions:
     """Samples of a folder with the answers that a model gives to them, written to `answers.jsonl` on the way.
 
@@ -50,16 +69,7 @@ class Questions:
 
     def __init__(self, loaded: LoadedModel, folder: str, limit: int | None, out: Path) -> None:
         self.loaded = loaded
-        try:
-            self.benchmark = Folder(folder)
-        except VPruneError as error:
-            raise VPruneError(f"questions={folder}: {error}") from error
-        samples = draw(list(self.benchmark.samples), limit, 0)
-        if len(samples) < 2:
-            raise VPruneError(
-                f"questions={folder} limit={limit}: {len(samples)} of {len(self.benchmark.samples)} questions, and at "
-                "least 2 are needed, one to learn from and one to measure on"
-            )
+        self.benchmark, samples = drawn(folder, limit)
         held = max(1, int(_HELD_OUT * len(samples)))
         self.train, self.kept = samples[:-held], samples[-held:]
         self.predictor = Predictor(loaded, self.benchmark, max_new_tokens=LONGEST)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from vprune.errors import VPruneError
+from vprune.eval.models import resolve
 from vprune.records import Grid, Prefill, VisualTokens
 from vprune.scoring.learned import Features, identity_of, read_features
 from vprune.scoring.network import ScorerConfig, ScorerNetwork, same_grid, summary
@@ -26,7 +27,7 @@ from vprune.training.effect import Budgeting, answer_logits, certain, divergence
 from vprune.training.labels import FOLDER as LABELS
 from vprune.training.labels import Labelled, label
 from vprune.training.prompts import Answered, Painted, read_prompt, refuse_untrainable
-from vprune.training.questions import ANSWERS, LONGEST, Questions, load_model
+from vprune.training.questions import ANSWERS, LONGEST, Questions, drawn, load_model
 from vprune.training.schedule import spare_the_host
 
 OBJECTIVES = ("effect", "relevance", "demand")
@@ -59,6 +60,14 @@ def train(config: DictConfig) -> Path:
         )
     if config.optimizer.minutes is None and config.optimizer.steps is None:
         raise VPruneError("optimizer.minutes and optimizer.steps are both null: give one of them")
+    resolve(str(config.model))
+    if str(config.questions) != "painted":
+        drawn(str(config.questions), config.limit)  # told before a large model is loaded, not after
+    elif str(config.model) != "embedded":
+        raise VPruneError(
+            f"model={config.model} with questions=painted: those are about the embedded model's world; give "
+            "questions=FOLDER, one with samples.jsonl and the images it names"
+        )
     out = Path(str(config.out)).expanduser()
     checkpoint.claim(out, config, _MADE)
     run = _Run(config, out)
@@ -93,11 +102,6 @@ class _Run:
         self.questions = None if self.painted else Questions(self.loaded, str(config.questions), config.limit, out)
         if self.questions is not None:
             self.batch_size = min(self.batch_size, len(self.questions.train))
-        if self.painted and str(config.model) != "embedded":
-            raise VPruneError(
-                f"model={config.model} with questions=painted: those are about the embedded model's world; give "
-                "questions=FOLDER, one with samples.jsonl and the images it names"
-            )
         torch.set_float32_matmul_precision("high")
         spare_the_host(self.device)
         torch.manual_seed(config.seed)

@@ -53,6 +53,7 @@ def tune(overrides: Sequence[str] = ()) -> Path:
     from rich.progress import Progress
 
     from vprune.eval.console import make_console
+    from vprune.eval.models import resolve
     from vprune.eval.overrides import compose_all
     from vprune.training.tuner import LastTokenFlow, line, search, tunable, write_method
 
@@ -68,6 +69,7 @@ def tune(overrides: Sequence[str] = ()) -> Path:
     console = make_console()
     options = {**_changed(method, source), **fixed}
     tunable(source, options)  # told before a large model is loaded, not after
+    resolve(config["model"]["path"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
