@@ -122,8 +122,24 @@ def test_a_checkpoint_that_is_cut_short_or_no_scorer(tmp_path: Path, tiny_vlm: A
     (folder / "config.json").write_text(json.dumps({**config, "channels": [8, 8]}))
     with pytest.raises(VPruneError, match=r"does not fit its own config.json: \d+ numbers for \d+"):
         vprune.prune(tiny_vlm(), "learned", checkpoint=str(folder))
-    with pytest.raises(VPruneError, match="holds no whole scorer"):
-        vprune.prune(tiny_vlm(), "learned", checkpoint=str(tmp_path / "nowhere"))
+
+
+def test_a_checkpoint_that_is_not_there_is_told_with_the_remedy(tmp_path: Path, tiny_vlm: Any) -> None:
+    remedy = r"; give the folder of a scorer: what `vprune train scorer out=DIR` leaves in DIR/scorer$"
+    nowhere, run = tmp_path / "nowhere", tmp_path / "run"
+    with pytest.raises(VPruneError, match=rf"^checkpoint={nowhere}: there is no such folder{remedy}"):
+        load_method("learned", checkpoint=str(nowhere))
+    with pytest.raises(VPruneError, match=rf"no whole scorer: config.json and model.safetensors missing{remedy}"):
+        load_method("learned", checkpoint=str(tmp_path))
+    folder = saved(run / "scorer", tiny_vlm())
+    with pytest.raises(VPruneError, match=rf"missing; did you mean {folder}\?$"):
+        load_method("learned", checkpoint=str(run))
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(VPruneError, match=r"config.json or model.safetensors is broken \(.*\); give the folder"):
+        vprune.prune(tiny_vlm(), "learned", checkpoint=str(folder))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(VPruneError, match=r"no whole scorer: model.safetensors missing"):
+        load_method("learned", checkpoint=str(folder))
 
 
 def test_another_model_is_refused(tmp_path: Path, tiny_vlm: Any) -> None:

@@ -188,7 +188,7 @@ def test_nothing_to_learn_demand_from(command: Callable[..., list[str]], capsys:
     assert main(["train", "scorer", *command("objective=demand")]) != 0
     assert "give its folder as start_from= (it is None)" in capsys.readouterr().err
     assert main(["train", "scorer", *command("objective=demand", "start_from=nowhere")]) != 0
-    assert "nowhere holds no whole scorer" in capsys.readouterr().err
+    assert "start_from=nowhere: there is no such folder; give the folder of a scorer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl"])

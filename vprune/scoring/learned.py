@@ -16,7 +16,14 @@ from vprune.models.anatomy import Anatomy
 from vprune.models.aside import sent
 from vprune.models.probe import layer_attention, past_bias, stored_and_new_valid
 from vprune.records import Grid, Prefill, VisualTokens, instruction_rows, together
-from vprune.scoring.network import ScorerNetwork, attention_statistics, same_grid, shares_at, summary
+from vprune.scoring.network import (
+    ScorerNetwork,
+    attention_statistics,
+    same_grid,
+    scorer_folder,
+    shares_at,
+    summary,
+)
 
 _SIGNATURE = 16  # numbers of the embedding table that tell one model from another of the same shape
 _ALIKE = 0.05  # how far they may differ, as a share of their size: rounding to 8 bits passes, other weights do not
@@ -52,6 +59,8 @@ class Learned:
     def __post_init__(self) -> None:
         self.network: ScorerNetwork | None = None
         self._demand: list[Tensor] | None = None  # log odds of every image of the last prefill, where they are wanted
+        if self.checkpoint is not None:
+            scorer_folder(self.checkpoint)  # told before a large model is loaded, not after
 
     @property
     def layer(self) -> int:

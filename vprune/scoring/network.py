@@ -21,6 +21,10 @@ from vprune.errors import VPruneError
 from vprune.records import Grid
 
 MOST_PARAMETERS = 300_000
+FINISHED = "scorer"
+"""Where in the folder of its run a finished scorer lies."""
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_REMEDY = f"give the folder of a scorer: what `vprune train scorer out=DIR` leaves in DIR/{FINISHED}"
 _RANGE = 8.0  # of the scores: beyond it, differences between tokens far from any border would be lost in rounding
 
 
@@ -285,14 +289,16 @@ class ScorerNetwork(nn.Module, PyTorchModelHubMixin):
         Raises:
             VPruneError: no folder, no scorer in it, or one that is cut short.
         """
-        folder = Path(folder).expanduser()
+        folder = scorer_folder(folder)
         known = {one.name for one in fields(ScorerConfig)}
         try:
-            content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            content = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
             network = cls(ScorerConfig(**{key: value for key, value in content.items() if key in known}))
-            state = load_file(folder / "model.safetensors")
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
-            raise VPruneError(f"checkpoint={folder} holds no whole scorer: {type(error).__name__}: {error}") from error
+            state = load_file(folder / _WEIGHTS)
+        except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+            raise VPruneError(
+                f"checkpoint={folder} holds no whole scorer: {_CONFIG} or {_WEIGHTS} is broken ({error}); {_REMEDY}"
+            ) from error
         try:
             network.load_state_dict(state)
         except RuntimeError as error:
@@ -301,6 +307,23 @@ class ScorerNetwork(nn.Module, PyTorchModelHubMixin):
                 f"checkpoint={folder} does not fit its own config.json: {held} numbers for {wanted}"
             ) from error
         return network.eval()
+
+
+def scorer_folder(folder: str | Path, option: str = "checkpoint") -> Path:
+    """The folder of a scorer, which `option` named, and whose files are there, whatever is in them.
+
+    Raises:
+        VPruneError: one of them is not, or the folder itself.
+    """
+    folder = Path(folder).expanduser()
+    missing = [name for name in (_CONFIG, _WEIGHTS) if not (folder / name).is_file()]
+    if not folder.is_dir():
+        raise VPruneError(f"{option}={folder}: there is no such folder; {_REMEDY}")
+    if missing:
+        inside = folder / FINISHED
+        remedy = f"did you mean {inside}?" if (inside / _CONFIG).is_file() else _REMEDY
+        raise VPruneError(f"{option}={folder} holds no whole scorer: {' and '.join(missing)} missing; {remedy}")
+    return folder
 
 
 def attention_statistics(weights: Tensor, row_valid: Tensor) -> Tensor:

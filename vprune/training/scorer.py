@@ -20,7 +20,7 @@ from vprune.errors import VPruneError
 from vprune.eval.models import resolve
 from vprune.records import Grid, Prefill, VisualTokens
 from vprune.scoring.learned import Features, identity_of, read_features
-from vprune.scoring.network import ScorerConfig, ScorerNetwork, same_grid, summary
+from vprune.scoring.network import FINISHED, ScorerConfig, ScorerNetwork, same_grid, scorer_folder, summary
 from vprune.training import checkpoint
 from vprune.training.demand import HELD_OUT, LEAST, learn, observe
 from vprune.training.effect import Budgeting, answer_logits, certain, divergence, full_states, gate, gated_states
@@ -61,6 +61,8 @@ def train(config: DictConfig) -> Path:
     if config.optimizer.minutes is None and config.optimizer.steps is None:
         raise VPruneError("optimizer.minutes and optimizer.steps are both null: give one of them")
     resolve(str(config.model))
+    if config.start_from is not None:
+        scorer_folder(str(config.start_from), "start_from")
     if str(config.questions) != "painted":
         drawn(str(config.questions), config.limit)  # told before a large model is loaded, not after
     elif str(config.model) != "embedded":
@@ -510,7 +512,7 @@ class _Run:
     def finish(self) -> Path:
         """Write the scorer with its averaged weights."""
         self.network.load_state_dict(self.average)
-        folder = self.out / "scorer"
+        folder = self.out / FINISHED
         self.network.cpu().save_pretrained(folder)
         return folder
 
