@@ -56,7 +56,8 @@ def prune(model: Any, method: str | Pruner = "learned", keep: float | int | None
             (see `vprune.pruner.Pruner`). None = its default.
 
     Returns:
-        A context manager; also `.attach()` and `.detach()`. `.last` is the `PruneReport` of the last prefill.
+        A context manager; also `.attach()` and `.detach()`. `.last` is the `PruneReport` of the last prompt with
+        images, None until there was one, and always with method="full", which hooks nothing.
 
     Raises:
         VPruneError: unknown method or option, keep out of range, a layer that the decoder does not have, not a
@@ -81,8 +82,9 @@ class Pruning:
     """Pruning of one model instance; see `prune`.
 
     `evidence`: a list of bool masks [H, W] (or None), one per image of the batch in order, consumed by the next
-        prefill; only methods with `needs_evidence` read it. `last`: the report of the last prefill, None before it (and
-        for method=full).
+        prefill; only methods with `needs_evidence` read it. `last`: the report of the last prompt with images, None
+        until there was one, and always with method=full, which hooks nothing: ask `if pruning.last is not None` where
+        the method may be that one.
 
     Raises:
         VPruneError: `model` is no vision-language model, or does not have the layer that the method was told.
