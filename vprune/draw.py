@@ -28,7 +28,11 @@ def draw_image(report: ImageReport, image: Image.Image | None = None) -> Image.I
     Kept tokens show their pixels, merged ones the mean colour of their row (a dot where the row stands), pruned ones
     are greyed. `image` is stretched over the grid, as most processors do; None draws on plain grey. Frames stand one
     below the other.
+
+    Raises:
+        VPruneError: `image` is no picture.
     """
+    _refuse_strangers([] if image is None else [image])
     t, h, w = report.grid
     canvas = _canvas(image, h, w)
     strips = []
@@ -44,12 +48,25 @@ def draw_report(report: PruneReport, image: Image.Image | Sequence[Image.Image] 
     """The reports of all images, one below the other.
 
     Raises:
-        VPruneError: the pictures given are neither one nor one per image of the report.
+        VPruneError: what is given is no picture, or the pictures are neither one nor one per image of the report.
     """
+    if image is not None and not isinstance(image, Image.Image):
+        alone: object = image  # told by the type hint to be none, and what mistakes are made of
+        _refuse_strangers([alone] if isinstance(alone, str) or not isinstance(alone, Sequence) else alone)
     pictures = [image] * len(report) if image is None or isinstance(image, Image.Image) else list(image)
     if len(pictures) != len(report) or not pictures:
         raise VPruneError(f"draw: {len(pictures)} pictures for a report of {len(report)} images; give one, or one each")
     return _below([draw_image(part, picture) for part, picture in zip(report, pictures, strict=True)])
+
+
+def _refuse_strangers(pictures: Sequence[object]) -> None:
+    for one in pictures:
+        if one is not None and not isinstance(one, Image.Image):
+            got = " ".join(repr(one).split())[:60]
+            raise VPruneError(
+                f"draw takes the picture that was pruned, a PIL.Image (PIL.Image.open of its path), and got {got}; it "
+                "returns another one: draw(picture).save('kept.png') writes a file"
+            )
 
 
 def describe_image(report: ImageReport) -> str:

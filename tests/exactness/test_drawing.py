@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import vprune
 from tests.conftest import picture
 from tests.exactness.prompts import batch
+from vprune import VPruneError
 
 
 def report_of(model: Any, inputs: dict[str, torch.Tensor], method: str, **options: Any) -> Any:
@@ -27,6 +29,31 @@ def test_every_report_draws_and_describes(tiny_vlm: Any, tiny_processor: Any, me
     assert drawn.mode == "RGB" and drawn.width >= panels * 300 and drawn.height >= 300
     assert f"{report.tokens_after} of 36 visual tokens (6 x 6) stay" in report.describe()
     assert report.draw().size[0] > 0
+
+
+@pytest.mark.parametrize("given", ["kept.png", Path("kept.png"), np.zeros((4, 4, 3)), ["kept.png"], 3])
+def test_what_is_no_picture_is_refused(tiny_vlm: Any, tiny_processor: Any, given: Any) -> None:
+    report = report_of(tiny_vlm(), batch(tiny_processor, "single"), "random")
+    told = r"draw takes the picture that was pruned, a PIL.Image .*save\('kept.png'"
+    for drawn in (report, report[0]):
+        with pytest.raises(VPruneError, match=told):
+            drawn.draw(given)
+
+
+def test_there_is_no_report_before_a_prompt_with_images_and_none_of_the_full_model(
+    tiny_vlm: Any, tiny_processor: Any
+) -> None:
+    inputs = batch(tiny_processor, "single")
+    text = {key: inputs[key][:, -3:] for key in ("input_ids", "attention_mask")}
+    for method in ("random", "full"):
+        with torch.no_grad(), vprune.prune(tiny_vlm(), method) as pruning:
+            assert pruning.last is None
+            tiny_vlm()(**text)
+            assert pruning.last is None
+            tiny_vlm()(**inputs)
+            before = pruning.last
+            tiny_vlm()(**text)
+            assert pruning.last is before and (before is None) == (method == "full")
 
 
 def test_pruned_patches_are_grey_and_kept_ones_are_not(tiny_vlm: Any, tiny_processor: Any) -> None:
