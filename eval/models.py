@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from vprune.errors import VPruneError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flex_attention", "flash_attention_2")
 EMBEDDED = "embedded"
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 _WHOLE_FILE_BYTES = 64 * 2**20
 
 
@@ -55,14 +57,15 @@ def load(choice: ModelChoice) -> LoadedModel:
     source = resolve(choice.path)
     common: dict[str, Any] = {"revision": choice.revision} if choice.revision else {}
     common["trust_remote_code"] = choice.trust_remote_code
-    common["local_files_only"] = not Path(source).is_dir() and not _on_hub(source, choice.revision)
+    at_hand = Path(source).is_dir() or _on_hub(source, choice.revision)
+    common["local_files_only"] = not at_hand
     try:
         processor = AutoProcessor.from_pretrained(source, **common)  # type: ignore[no-untyped-call]
         model: Any = AutoModelForImageTextToText.from_pretrained(
             source, dtype=getattr(torch, dtype), attn_implementation=choice.attention, **common
         )
     except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError) as error:
-        raise VPruneError(_unloadable(choice, error)) from error
+        raise VPruneError(_unloadable(choice, error) if at_hand else _unreachable(choice, error)) from error
     _check(choice, processor)
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token_id is None:
@@ -85,7 +88,7 @@ def resolve(path: str) -> str:
         if not (local / "config.json").is_file():
             raise VPruneError(f"model={path}: the folder holds no config.json, so it is no saved model")
         return str(local.resolve())
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if not re.fullmatch(HUB_ID, path):
         raise VPruneError(f"model={path} is neither a folder here nor a hub id of the form owner/name")
     return path
 
@@ -168,9 +171,24 @@ def _unloadable(choice: ModelChoice, error: Exception) -> str:
         return f"{message} If you trust its code, add model.trust_remote_code=true."
     if choice.attention in text or "attn_implementation" in text:
         return f"{message} Try engine.attention=eager."
-    if not Path(resolve(choice.path)).is_dir():
-        return f"{message} Is the hub reachable from here, or the model in its cache?"
     return message
+
+
+def _unreachable(choice: ModelChoice, error: Exception) -> str:
+    """Why a hub's model cannot be had where the hub does not answer: a wrong id and a lost network look alike there."""
+    from huggingface_hub import constants
+
+    name, cache = choice.path, Path(constants.HF_HUB_CACHE)
+    cached = [one.name.removeprefix("models--").replace("--", "/", 1) for one in cache.glob("models--*--*")]
+    silent = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no network?"
+    if name in cached:
+        return f"{_unloadable(choice, error)} (The hub does not answer, {silent}; its copy in {cache} was tried.)"
+    near = [f" (did you mean {one}, which is cached?)" for one in get_close_matches(name, cached, n=1)]
+    return (
+        f"model={name} is not in the cache ({cache}), and the hub does not answer ({silent}): either the id is wrong "
+        f"or the network is missing. Check how it is spelt{''.join(near)}, connect, or give a folder that holds the "
+        "model: model=FOLDER"
+    )
 
 
 def _on_hub(name: str, revision: str | None) -> bool:

@@ -19,11 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vprune.errors import VPruneError
+from vprune.eval.models import HUB_ID
 from vprune.eval.options import GENERIC, entries, groups_of, listed, names_of
 from vprune.pruner import METHOD_FILE, method_label, read_method
 
 _PATHS = ("out", "model", "method", "benchmark", "model.path", "benchmark.path")
-_HUB_ID = r"[\w.-]+/[\w.-]+"
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _lines(override: Override, primary: str) -> list[str]:
     folder = Path(name).expanduser()
     if key in GENERIC and name.strip() and folder.is_dir():
         name = str(folder.resolve())
-    elif key != "model" or not re.fullmatch(_HUB_ID, name):
+    elif key != "model" or not re.fullmatch(HUB_ID, name):
         raise unknown(key, name, entries(key), listed(key))
     return [f"{key}={GENERIC[key]}", f"{key}.path={_quoted(name)}"]
 

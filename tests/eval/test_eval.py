@@ -11,6 +11,7 @@ import yaml
 
 from tests.eval.conftest import Eval, read_predictions
 from tests.eval.made import sample_rows, write_benchmark
+from vprune import VPruneError
 from vprune.eval.predictor import Predictor
 from vprune.eval.results import load_run, load_runs
 
@@ -290,7 +291,36 @@ def test_a_model_that_is_none_is_told(evaluate: Eval, tmp_path: Path, capsys: py
     assert evaluate("method=full", model=tmp_path / "empty") == 2
     assert "cannot be loaded" in capsys.readouterr().err
     assert evaluate("method=full", model="nobody/nothing") == 2
-    assert "model=nobody/nothing cannot be loaded" in capsys.readouterr().err
+    assert "model=nobody/nothing is not in the cache" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("offline", "cached", "told"),
+    [
+        (True, (), r"is not in the cache \(.*hub\), and the hub does not answer \(HF_HUB_OFFLINE is set\): either"),
+        (False, (), r"\(no network\?\): either the id is wrong or the network is missing\. Check how it is spelt, co"),
+        (False, (), r"connect, or give a folder that holds the model: model=FOLDER$"),
+        (False, ("owner/neam", "other/model"), r"spelt \(did you mean owner/neam, which is cached\?\), connect"),
+        (False, ("owner/name",), r"cannot be loaded: .* \(The hub does not answer, no network\?; its copy in .* was"),
+    ],
+)
+def test_a_hub_that_does_not_answer_is_told_from_a_wrong_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: bool, cached: tuple[str, ...], told: str
+) -> None:
+    from huggingface_hub import HfApi, constants
+
+    from vprune.eval.models import ModelChoice, load
+
+    def silence(*_: Any, **__: Any) -> None:
+        raise OSError("no route to host")
+
+    for name in cached:
+        (tmp_path / "hub" / f"models--{name.replace('/', '--')}").mkdir(parents=True)
+    monkeypatch.setattr(HfApi, "model_info", silence)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    with pytest.raises(VPruneError, match=f"^model=owner/name .*{told}"):
+        load(ModelChoice("owner/name"))
 
 
 def test_a_folder_that_cannot_be_written_is_told(

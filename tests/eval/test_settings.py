@@ -82,6 +82,7 @@ def test_a_benchmark_may_be_a_folder(tmp_path: Path) -> None:
     [
         ("method=attentoin", r"method=attentoin is unknown \(did you mean attention\?\); there is attention, "),
         ("model=embeded", r"model=embeded is unknown \(did you mean embedded\?\).*local folder, a hub id"),
+        ("model=./nowhere", r"model=\./nowhere is unknown; there is embedded, hf, a local folder, a hub id"),
         ("+bugdet=sample", r"there is no option 'bugdet' \(did you mean budget\?\)"),
         ("benchmark=nowhere", r"benchmark=nowhere is unknown; there is chair, .*folder, .*scenes.*samples\.jsonl"),
         ("benchmark=", r"benchmark= is unknown"),

@@ -48,7 +48,7 @@ def test_a_model_that_is_gone_is_a_reason(evaluated: Path) -> None:
     (section,) = gather(evaluated).sections
     for entry in section.entries:
         entry.run.config["model"] = {**entry.run.config["model"], "path": "gone/away"}
-    assert "model=gone/away cannot be loaded" in gallery(section, 1).left_out
+    assert "model=gone/away is not in the cache" in gallery(section, 1).left_out
 
 
 def test_without_a_full_run_there_is_a_reason(tmp_path: Path) -> None:

@@ -63,12 +63,11 @@ def foresee(path: str, revision: str | None = None) -> Foreseen:
 def _config(path: str, revision: str | None) -> dict[str, Any]:
     from huggingface_hub import try_to_load_from_cache
 
-    folder = Path(path)
-    file = folder / "config.json" if folder.is_dir() else try_to_load_from_cache(path, "config.json", revision=revision)
-    if not isinstance(file, str | Path):
-        return {}
+    file: Any = Path(path) / "config.json"
     try:
+        if not file.parent.is_dir():
+            file = try_to_load_from_cache(path, "config.json", revision=revision)
         config = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # whoever loads the model says what is wrong with it
+    except (OSError, ValueError, TypeError):
+        return {}  # not at hand, or broken: whoever loads the model says so
     return config if isinstance(config, dict) else {}
