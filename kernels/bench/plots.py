@@ -211,7 +211,8 @@ def tables(kernels: Sequence[Measured], models: Sequence[Measured]) -> str:
     """Markdown: every operation, and every measure that has a bound."""
     parts = []
     for one in kernels:
-        lines = [f"Operations, {one.where}:", "", "| operation | µs | TB/s | of the copy | best torch | faster |"]
+        head = f"Operations, {one.where}; above 1 they are faster than the copy, or than torch:"
+        lines = [head, "", "| operation | µs | TB/s | of the copy | best torch | faster |"]
         lines += ["|---|---:|---:|---:|---|---:|"]
         for row in one.rows:
             if row["p50_us"]:
@@ -222,7 +223,7 @@ def tables(kernels: Sequence[Measured], models: Sequence[Measured]) -> str:
         parts.append("\n".join(lines))
     for one in models:
         name, method = one.rows[0]["model"], one.rows[0]["method"]
-        lines = [f"{name}, `{method}`, {one.where}:", ""]
+        lines = [f"{name}, `{method}`, {one.where}; above 1x is faster (or smaller) than the unpruned model:", ""]
         lines += [
             "| | samples x visual tokens | kept | unpruned | pruned | speed-up | oracle | of the oracle | asked |"
         ]

@@ -163,7 +163,9 @@ def test_what_matters_most_is_measured_first(tmp_path: Path, capsys: pytest.Capt
     assert main(["model", *words, "minutes=0.000001", f"out={tmp_path}"]) == 0
     left = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))["environment"]["not_measured"]
     assert left[0] == "1 x 64 (image) at 10%: prefill" and len(left) == 4
-    assert "out of time after 1e-06 minutes" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "out of time after 1e-06 minutes" in said
+    assert "above 1x the other is faster (or smaller)" in said.splitlines()[1]
 
 
 @pytest.mark.parametrize(

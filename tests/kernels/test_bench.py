@@ -28,6 +28,10 @@ def test_it_writes_a_table_with_the_machine(tmp_path: Path, capsys: pytest.Captu
         assert row["backend"] == "torch" and row["problem"] is None
         assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"] and row["bytes"] > 0
         assert row["to_torch"] == pytest.approx(row["p50_us"] / row["torch_us"])
+        # What is printed tells how many times faster the operation is, as the README does.
+        assert f"{row['copy_us'] / row['p50_us']:.2f}x the copy, " in printed
+        assert f", {row['torch_us'] / row['p50_us']:.2f}x torch ({row['torch']}, {row['torch_us']:.1f} us)" in printed
+    assert "above 1x the operation is the faster one\ncompact " in printed
     surroundings = content["environment"]
     assert (
         surroundings["versions"]["torch"] and surroundings["git_commit"] and surroundings["options"]["size"] == "tiny"

@@ -76,7 +76,11 @@ _CHOICES = {**DEVICES, "backend": ("auto", "triton", "torch"), "compile": ("true
 
 @dataclass(frozen=True)
 class Row:
-    """A line of bench.csv. Times are microseconds, ratios the operation's median over another's (below 1: faster)."""
+    """A line of bench.csv. Times are microseconds.
+
+    `to_copy`, `to_torch`, `to_compiled` are shares, the operation's median of another's, as they always were in this
+    file; whatever is printed or drawn tells their inverse, how many times faster the operation is.
+    """
 
     op: str
     shape: str
@@ -160,6 +164,7 @@ def bench_kernels(options: Options) -> int:
     dtype = getattr(torch, options.dtype)
     maker = Maker(SIZES[size], device, dtype, options.backend)
     rows = []
+    print("x the copy, x torch: the other's time over the operation's; above 1x the operation is the faster one")
     for op in ops:
         for case in maker.cases(op):
             rows.append(measured(case, device, options, compiling))
@@ -173,17 +178,23 @@ def bench_kernels(options: Options) -> int:
 
 
 def line_of(row: Row) -> str:
-    """A line of the printed table."""
+    """A line of the printed table; `to_...` upside down, so that more is faster everywhere."""
     head = f"{row.op:<14}{row.shape}"
     if row.p50_us is None:
         return f"{head}\n    NOT TIMED: {row.problem}"
     parts = [f"{row.p50_us:.1f} us ({row.p20_us:.1f}-{row.p80_us:.1f}, launched {row.launched_us:.1f})"]
-    parts += [f"{row.tb_per_s:.2f} TB/s", f"{row.to_copy:.2f} x the copy"]
+    parts += [f"{row.tb_per_s:.2f} TB/s", f"{_faster(row.to_copy)} the copy"]
     if row.tflop_per_s:
         parts.append(f"{row.tflop_per_s:.0f} TFLOP/s")
-    parts.append(f"{row.to_torch:.2f} x torch ({row.torch}, {row.torch_us:.1f} us)")
+    parts.append(f"{_faster(row.to_torch)} torch ({row.torch}, {row.torch_us:.1f} us)")
     if row.to_compiled is not None:
-        parts.append(f"{row.to_compiled:.2f} x torch.compile of it")
+        parts.append(f"{_faster(row.to_compiled)} torch.compile of it")
     if row.problem:
         parts.append(row.problem)
     return f"{head}\n    " + ", ".join(parts)
+
+
+def _faster(share: float | None) -> str:
+    """How many times faster an operation is that takes a share of another's time."""
+    assert share is not None, "a row that was timed has all of its shares"
+    return f"{1 / share:.2f}x"

@@ -223,6 +223,7 @@ class ModelBench:
     def run(self) -> bool:
         """Measure everything that is planned, as long as there is time; True if a check failed."""
         left: list[str] = []
+        print("x: the unpruned model's time (or bytes) over the other's; above 1x the other is faster (or smaller)")
         for number, (cell, phase) in enumerate(self.work):
             if self._late():
                 left.append(f"{cell.name}: {phase}")

@@ -172,8 +172,8 @@ def line_of(row: Row) -> str:
         parts.append(f"{side} {value / scale:.2f}" if value is not None else f"{side} -")
     text = f"    {name:<15} {', '.join(parts)} {unit}"
     if row.pruned_speedup is not None and row.measure != "plan":
-        text += f"; {row.pruned_speedup:.2f} x"
-        text += f", oracle {row.oracle_speedup:.2f} x" if row.oracle_speedup is not None else ""
+        text += f"; {row.pruned_speedup:.2f}x"
+        text += f", oracle {row.oracle_speedup:.2f}x" if row.oracle_speedup is not None else ""
     if row.quotient is not None and row.measure != "plan":
         text += f", quotient {row.quotient:.3f} [{row.quotient_p25:.3f} {row.quotient_p75:.3f}]"
     if row.measure == "plan" and row.share is not None:
