@@ -111,7 +111,9 @@ def _sections(runs: Iterable[Run], folder: Path) -> list[Section]:
     for task, members in groups.items():
         full = baselines.get(task)
         entries = [_entry(run, members, full, folder) for run in members]
-        entries.sort(key=lambda entry: (not entry.is_full, -entry.share, -entry.accuracy, entry.label))
+        # Runs of one budget stay together, though one spends a token less than another.
+        most = {entry.budget: max(one.share for one in entries if one.budget == entry.budget) for entry in entries}
+        entries.sort(key=lambda entry: (not entry.is_full, -most[entry.budget], -entry.accuracy, entry.label))
         told = (task.model, task.benchmark, task.blank, task.samples, task.questions, tuple(entries))
         sections.append(Section(*told, _apart(task, groups), "" if full else _nearest(task, baselines, folder)))
     # The richest comparison first; blanked images, a control, last.

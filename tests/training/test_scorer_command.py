@@ -19,7 +19,7 @@ from vprune.cli import main
 from vprune.eval.benchmarks.folder import Folder
 from vprune.eval.models import LoadedModel
 from vprune.scoring.network import ScorerNetwork
-from vprune.training import labels, questions, scorer
+from vprune.training import labels, questions, watching
 from vprune.training.checkpoint import claim
 from vprune.training.cli import configured
 from vprune.training.labels import Labelled, name_of, relevance_of_images
@@ -156,7 +156,7 @@ def test_what_questions_need_is_learnt_behind_the_scores(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(scorer, "LEAST", 8)
+    monkeypatch.setattr(watching, "LEAST", 8)
     assert main(["train", "scorer", *command("demand.rounds=2", "demand.levels=[0.1,0.4,1.0]")]) == 0
     out = tmp_path / "run"
     assert "answers are watched at 3 budgets" in capsys.readouterr().out

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,19 @@ from torch.nn.functional import log_softmax
 
 from vprune.errors import VPruneError
 from vprune.eval.models import resolve
-from vprune.records import Grid, Prefill, VisualTokens
+from vprune.records import Prefill
 from vprune.scoring.learned import Features, identity_of, read_features
-from vprune.scoring.network import FINISHED, ScorerConfig, ScorerNetwork, same_grid, scorer_folder, summary
+from vprune.scoring.network import FINISHED, ScorerConfig, ScorerNetwork, same_grid, scorer_folder
 from vprune.training import checkpoint
-from vprune.training.demand import HELD_OUT, LEAST, learn, observe
 from vprune.training.effect import Budgeting, answer_logits, certain, divergence, full_states, gate, gated_states
 from vprune.training.labels import FOLDER as LABELS
 from vprune.training.labels import Labelled, label
 from vprune.training.prompts import Answered, Painted, read_prompt, refuse_untrainable
 from vprune.training.questions import ANSWERS, LONGEST, Questions, drawn, load_model
 from vprune.training.schedule import spare_the_host
+from vprune.training.watching import Watching, start_from
 
 OBJECTIVES = ("effect", "relevance", "demand")
-EVALUATION_SEED = 1_000_003
-DEMAND_SEED = 2_000_003  # added to the run's: other scenes than those that it learnt from
-_EVALUATED = 4  # batches
-_AT_ONCE_ON_A_CPU = 16  # questions measured on: more would take longer than the training between two measurements
 _DRAWN = ("model", "questions", "limit", "seed", "optimizer.batch_size", "optimizer.questions_per_image")
 _MADE = {ANSWERS: _DRAWN[:2], LABELS: (*_DRAWN, "optimizer.kinds")}
 """What each file of a run depends on, beside its checkpoint, which depends on everything."""
@@ -82,16 +77,7 @@ def train(config: DictConfig) -> Path:
     return run.finish()
 
 
-@dataclass(frozen=True)
-class _Summarised:
-    """A batch of prompts: the images of each grid with their rows [I, N, D] and scores [I, N]; summaries [B, S]."""
-
-    prefill: Prefill
-    scored: list[tuple[list[VisualTokens], Tensor, Grid, Tensor]]
-    summaries: Tensor
-
-
-class _Run:
+class _Run(Watching):
     """One training run: model, network, optimizer, clock and log."""
 
     def __init__(self, config: DictConfig, out: Path) -> None:
@@ -107,7 +93,7 @@ class _Run:
         torch.set_float32_matmul_precision("high")
         spare_the_host(self.device)
         torch.manual_seed(config.seed)
-        self.first = next(self._batches(0, 2))
+        self.first = next(self.batches(0, 2))
         self.first_prompt = read_prompt(self.model, self.first.inputs)
         refuse_untrainable(self.first_prompt)
         self.network = self._network(self.first_prompt).to(self.device)
@@ -140,12 +126,7 @@ class _Run:
             )
         )
 
-    @property
-    def workers(self) -> int:
-        """Processes that draw scenes."""
-        return 0 if self.device.type == "cpu" else max(0, (os.cpu_count() or 1) // 2)
-
-    def _batches(
+    def batches(
         self, skip: int, size: int | None = None, seed: int | None = None, kinds: Sequence[float] | None = None
     ) -> Iterator[Answered]:
         """The batches of the run from the `skip`-th on, the same ones whenever they are asked for."""
@@ -213,7 +194,7 @@ class _Run:
             started = time.perf_counter()
             try:
                 if on_gpu and batch is self.first:  # (a GPU takes no longer for many questions than for two)
-                    batch = next(self._batches(0))
+                    batch = next(self.batches(0))
                 torch.autograd.backward(self._loss(batch, 0))
             except torch.OutOfMemoryError as error:
                 free, whole = (number / 1e9 for number in torch.cuda.mem_get_info(self.device))
@@ -233,14 +214,14 @@ class _Run:
         if self.config.objective == "relevance":
             count = int(self.config.limit or 10_000) if self.questions is None else len(self.questions.train)
             folder, at_once = self.out / LABELS, int(self.config.label_batch)
-            self.labels = label(self.model, self._batches, count, self.batch_size, folder, at_once)
+            self.labels = label(self.model, self.batches, count, self.batch_size, folder, at_once)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
     def _loss(self, batch: Answered, number: int) -> Tensor:
         chance = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
         torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # so that a run that goes on draws the same noise
-        prefill, features = self._read(batch)
+        prefill, features = self.read(batch)
         if self.labels is not None:
             return self._relevance_loss(prefill, features, number)
         often = torch.tensor([float(share) for share in self.config.effect.how_often])
@@ -248,7 +229,7 @@ class _Run:
         wanted, progress = self.config.effect, self.progress()
         first, last = wanted.temperature
         how = replace(
-            self._hard(float(wanted.keeps[int(pick)])),
+            self.hard(float(wanted.keeps[int(pick)])),
             temperature=first * (last / first) ** progress,
             noise=float(wanted.noise),
             widest=float(wanted.widest),
@@ -256,14 +237,15 @@ class _Run:
         full, pruned = self._answers(prefill, features, batch, how)
         return divergence(full, pruned, batch)
 
-    def _hard(self, keep: float) -> Budgeting:
+    def hard(self, keep: float) -> Budgeting:
+        """A budget as pruning spends it."""
         wanted = self.config.effect
         return Budgeting(keep, float(wanted.share), float(wanted.distance), power=float(wanted.power))
 
     def _answers(self, prefill: Prefill, features: Features, batch: Answered, how: Budgeting) -> tuple[Tensor, Tensor]:
         """The answers' logits [T, V] of the full model and of the pruned one."""
         groups = []
-        with self._autocast():
+        with self.autocast():
             with torch.no_grad():
                 if self.config.effect.teacher == "model":
                     full = answer_logits(self.model, full_states(prefill, self.compiled), batch)
@@ -276,12 +258,14 @@ class _Run:
                 groups.append((images, gate(scores, arguments[2], grid, how)))
             return full, answer_logits(self.model, gated_states(prefill, groups, self.compiled), batch)
 
-    def _read(self, batch: Answered) -> tuple[Prefill, Features]:
-        with self._autocast():
+    def read(self, batch: Answered) -> tuple[Prefill, Features]:
+        """What the decoder and the network read of a batch."""
+        with self.autocast():
             prefill = read_prompt(self.model, batch.inputs, batch.repeats)
         return prefill, read_features(prefill, self.network.config.layer, batch.begins)
 
-    def _autocast(self) -> Any:
+    def autocast(self) -> Any:
+        """Half precision on a GPU."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def _relevance_loss(self, prefill: Prefill, features: Features, number: int) -> Tensor:
@@ -336,24 +320,24 @@ class _Run:
                 self.step += 1
                 if self.step % config.log_every == 0:
                     mean, recent = float(torch.stack(recent).mean()), []
-                    self._log(loss=round(mean, 5), seconds=round(self.seconds, 1))
+                    self.log(loss=round(mean, 5), seconds=round(self.seconds, 1))
                     bar.update(task, note=f"loss {mean:.4f}")
                 bar.update(task, completed=self.progress())
                 if self.step % config.evaluate_every == 0:
-                    self._log(**self.evaluate())
+                    self.log(**self.evaluate())
                 self.seconds = time.perf_counter() - started
                 if self.seconds - saved > 60 * config.checkpoint_minutes:
                     self.save()
                     saved = self.seconds
         self.save()
-        self._log(**self.evaluate())
+        self.log(**self.evaluate())
 
     def _numbered(self) -> Iterator[tuple[int, Answered]]:
         """The batches that are left, with their numbers; labelled ones come again and again."""
         period = self.labels.batches if self.labels is not None else None
         number = self.step if period is None else self.step % period
         while True:
-            for batch in self._batches(number):
+            for batch in self.batches(number):
                 yield number, batch
                 number += 1
                 if number == period:
@@ -370,12 +354,12 @@ class _Run:
         self.network.load_state_dict(self.average)
         keeps = [float(keep) for keep in self.config.effect.keeps]
         same, lost, asked = [0] * len(keeps), [0.0] * len(keeps), 0
-        for batch in self._held_out():
-            prefill, features = self._read(batch)
+        for batch in self.held_out():
+            prefill, features = self.read(batch)
             lengths = batch.answer.sum(-1)
             owner = torch.arange(len(batch), device=self.device).repeat_interleave(lengths)
             for number, keep in enumerate(keeps):
-                full, pruned = self._answers(prefill, features, batch, self._hard(keep))
+                full, pruned = self._answers(prefill, features, batch, self.hard(keep))
                 wrong = (full.argmax(-1) != pruned.argmax(-1)).float()
                 failed = torch.zeros(len(batch), device=self.device).index_add(0, owner, wrong)
                 same[number] += int((failed == 0).sum())
@@ -387,113 +371,8 @@ class _Run:
             "divergence": {str(keep): round(total / asked, 5) for keep, total in zip(keeps, lost, strict=True)},
         }
 
-    def _held_out(self) -> list[Answered]:
-        if not hasattr(self, "_kept"):
-            source: Iterator[Answered]
-            size = min(self.batch_size, _AT_ONCE_ON_A_CPU) if self.device.type == "cpu" else self.batch_size
-            if self.questions is not None:
-                source = self.questions.held_out(size)
-            else:
-                source = iter(Painted(EVALUATION_SEED, size, "test", self.device, 1))
-            self._kept = [batch for batch, _ in zip(source, range(_EVALUATED), strict=False)]
-        return self._kept
-
-    @property
-    def learns_demand(self) -> bool:
-        """True where answers are watched under pruning; models that are taught by relevance alone cannot be."""
-        enough = self.questions is None or len(self.questions.train) >= LEAST
-        return bool(self.config.demand.count) and self.config.objective != "relevance" and enough
-
-    # -- how many tokens a question needs ---------------------------------------------------------------------------
-
-    def learn_demand(self) -> None:
-        """With the averaged weights, watch what stays of answers at some budgets, and teach a head to foretell it.
-
-        The questions are others than those that the scores were learnt from, where they are painted.
-        """
-        from vprune.training.vlm import progress_bar
-
-        if not self.learns_demand:
-            if self.config.objective == "demand":
-                assert self.questions is not None
-                count = len(self.questions.train)
-                raise VPruneError(f"objective=demand: {count} questions to learn from, and at least {LEAST} are needed")
-            return
-        wanted, started = self.config.demand, time.perf_counter()
-        own = {key: value.clone() for key, value in self.network.state_dict().items()}
-        self.network.load_state_dict(self.average)
-        count = int(wanted.count) if self.questions is None else len(self.questions.train)
-        with progress_bar() as bar:
-            task = bar.add_task("watch answers", total=count, note="")
-            coming = self._watched()
-
-            def in_time() -> Iterator[tuple[Tensor, Tensor]]:
-                while wanted.minutes is None or time.perf_counter() - started < 60 * wanted.minutes:
-                    yield next(coming)
-
-            observed = observe(in_time(), count, lambda seen: bar.update(task, completed=seen))
-        watched, shares = len(observed.stays), observed.stays.float().mean(0).tolist()
-        self._log(
-            stays_at={str(level): round(share, 4) for level, share in zip(wanted.levels, shares, strict=True)},
-            watched=watched,
-        )
-        if watched < LEAST:
-            print(
-                f"{watched} answers were watched, and {LEAST} are needed to learn how many tokens a question needs: "
-                "budget=question will be refused (give more demand.minutes, or demand.count=0)"
-            )
-            return
-        observed, unseen = (observed, self._unseen(watched)) if self.painted else observed.split()
-        learn(self.network, observed, unseen, int(wanted.rounds), float(wanted.lr), self.config.seed)
-        head = {key: value for key, value in self.network.state_dict().items() if key.startswith("demand.")}
-        self.average.update({key: value.clone() for key, value in head.items()})
-        self.network.load_state_dict({**own, **head})
-
-    @torch.no_grad()
-    def _unseen(self, watched: int) -> Tensor:
-        """Summaries [Q, S] of questions about photographs that no training sees."""
-        seed, size = EVALUATION_SEED + DEMAND_SEED, self.batch_size
-        each = min(int(self.config.optimizer.questions_per_image), size)
-        weights = list(self.config.demand.kinds)
-        batches = iter(Painted(seed, size, "test", self.device, each, self.workers, 0, weights))
-        summaries: list[Tensor] = []
-        while len(summaries) * size < HELD_OUT * watched:
-            summaries.append(self._summarised(next(batches)).summaries.cpu())
-        return torch.cat(summaries)
-
-    def _summarised(self, batch: Answered) -> _Summarised:
-        """A batch as the network sees it."""
-        prefill, features = self._read(batch)
-        seen: dict[int, Tensor] = {}  # by sample; a question about several pictures is told by the last of them
-        scored = []
-        with self._autocast():
-            for grid, numbers in same_grid([image.grid for image in prefill.images]).items():
-                images = [prefill.images[number] for number in numbers]
-                arguments = features.of(images, grid)
-                scores, channels, asked = self.network.seen(*arguments)
-                scored.append((images, arguments[2], grid, scores.float()))
-                told = summary(scores.float(), channels.float(), None if asked is None else asked.float())
-                seen |= {image.sample: one for image, one in zip(images, told, strict=True)}
-        return _Summarised(prefill, scored, torch.stack([seen[sample] for sample in range(len(batch))]))
-
-    @torch.no_grad()
-    def _watched(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Summaries [B, S] of question after question, and [B, J]: what share of its answer stays at each level."""
-        for batch in self._batches(0, seed=self.config.seed + DEMAND_SEED, kinds=self.config.demand.kinds):
-            seen = self._summarised(batch)
-            said, lengths = batch.inputs["input_ids"][batch.answer], batch.answer.sum(-1)
-            owner = torch.arange(len(batch), device=self.device).repeat_interleave(lengths)
-            stays = []
-            with self._autocast():
-                for level in self.network.config.levels:
-                    how = self._hard(level)
-                    gated = [(images, gate(scores, rows, grid, how)) for images, rows, grid, scores in seen.scored]
-                    logits = answer_logits(self.model, gated_states(seen.prefill, gated, self.compiled), batch)
-                    right = (logits.argmax(-1) == said).float()
-                    stays.append(torch.zeros(len(batch), device=self.device).index_add(0, owner, right) / lengths)
-            yield seen.summaries, torch.stack(stays, -1)
-
-    def _log(self, **row: Any) -> None:
+    def log(self, **row: Any) -> None:
+        """Add a line to log.jsonl."""
         with (self.out / checkpoint.LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.step, **row}) + "\n")
 
@@ -515,23 +394,3 @@ class _Run:
         folder = self.out / FINISHED
         self.network.cpu().save_pretrained(folder)
         return folder
-
-
-def start_from(network: ScorerNetwork, folder: str) -> ScorerConfig:
-    """Give a network the weights of a finished scorer of the same shape, but for those that foretell demand.
-
-    Returns what that scorer was built of.
-
-    Raises:
-        VPruneError: no scorer lies there, or its network is another.
-    """
-    before, own = ScorerNetwork.load(folder), network.state_dict()
-    given = {key: value for key, value in before.state_dict().items() if not key.startswith("demand.")}
-    differing = [key for key in given if key not in own or own[key].shape != given[key].shape]
-    if differing or before.config.layer != network.config.layer:
-        raise VPruneError(
-            f"start_from={folder}: its network is another ({', '.join(differing) or 'it reads another layer'}); give "
-            "the values of network.* that it was trained with"
-        )
-    network.load_state_dict({**own, **given})
-    return before.config
