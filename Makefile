@@ -82,7 +82,7 @@ test-matrix-%: .matrix/%$(if $(TORCH),-torch$(TORCH))/installed
 	@PYTHONPATH=$(@D) $(BIN)/python -c 'from importlib.metadata import requires; \
 	print("\n".join(one.split(";")[0].strip() for one in requires("transformers") \
 	if "extra ==" not in one and not one.startswith(("numpy", "torch"))))' > $(@D)/needs.txt
-	@$(PIP_INSTALL) --target $(@D) --upgrade $(if $(TORCH),torch==$(TORCH) torchvision) -r $(@D)/needs.txt
+	@$(PIP_INSTALL) --target $(@D) --upgrade -c constraints.txt $(if $(TORCH),torch==$(TORCH) torchvision) -r $(@D)/needs.txt
 	@touch $@
 
 lint: $(STAMP)

@@ -304,12 +304,12 @@ class Pruning:
         self._passage.finish()
         return restored(output, self._passage.lengthen)
 
-    def _after_turns(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A layer's arguments after pruned turns: with a mask of its own where the first layer's does not serve."""
+    def _after_turns(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """A layer's arguments after pruned turns, with a mask of its own; None where the first layer's serves."""
         cache = cache_in(kwargs)
         known = logical(cache, number)
         if known is None or not (self._anatomy.has_windows or known.history != cache.layers[0].history):
-            return kwargs
+            return None
         window = self._anatomy.window_of(number)
         key = (known.history, window, hidden.device)
         if key not in self._layer_masks:
@@ -319,19 +319,21 @@ class Pruning:
     def _before_layer(
         self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        passage, hidden, before = self._passage, args[0], kwargs
+        passage, hidden = self._passage, args[0]
         if passage is not None and passage.deciding:
             return None  # a scorer has the whole prompt read by the layers
-        if passage is not None:
-            if number:
-                hidden, short = passage.enter(number, hidden)
-                if short is not None:
-                    self.last = passage.report()
-            kwargs = passage.layer_arguments(number, hidden, kwargs)
-        else:
-            kwargs = self._after_turns(number, hidden, kwargs)
+        if passage is not None and number:
+            hidden, short = passage.enter(number, hidden)
+            if short is not None:
+                self.last = passage.report()
+        # (None is told from a dict, not one dict from another: that breaks the graphs of torch 2.11.)
+        changed = (
+            self._after_turns(number, hidden, kwargs)
+            if passage is None
+            else passage.layer_arguments(number, hidden, kwargs)
+        )
         if "flash" in self._anatomy.backend and kwargs.get("position_ids") is not None:
             # Flash attention reads gaps between position ids as borders of packed sequences; rotations are computed
             # already.
-            kwargs = {**kwargs, "position_ids": None}
-        return None if kwargs is before else ((hidden, *args[1:]), kwargs)
+            changed = {**(kwargs if changed is None else changed), "position_ids": None}
+        return None if changed is None else ((hidden, *args[1:]), changed)
