@@ -13,7 +13,6 @@ Prints one table and writes DIR/hooks.json.
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import json
 import math
@@ -33,6 +32,7 @@ from torch import Tensor
 
 import vprune
 from vprune.bench.architectures import ARCHITECTURES, build, bytes_of_row, make_prompt
+from vprune.bench.passes import sharing
 from vprune.bench.timing import Clock
 from vprune.pruner import Pruner
 from vprune.scoring.text_attention import TextAttention
@@ -109,12 +109,6 @@ def steps_of(model: Any, token: Tensor, seen: int, cache: Any, steps: int) -> It
         )
         token = out.logits[:, -1:].argmax(-1)
         yield
-
-
-def sharing(model: Any) -> Any:
-    """A copy of a model whose weights are those of the model itself."""
-    shared = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(one): one for one in shared})
 
 
 def decode_in_turns(

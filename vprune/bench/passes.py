@@ -52,13 +52,18 @@ class Answered:
         return (self.at[last] - self.at[1]) / (last - 1)
 
 
+def sharing(model: Any) -> Any:
+    """A copy of a model whose weights are those of the model itself."""
+    shared: Any = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(part): part for part in shared})
+
+
 class Side:
     """A copy of a model over the same weights, which nothing else puts hooks on; None as `length`: the whole prompt."""
 
     def __init__(self, name: str, model: Any, clock: Clock) -> None:
         self.name, self.clock = name, clock
-        shared: Any = (*model.parameters(), *model.buffers())
-        self.model: Any = copy.deepcopy(model, {id(part): part for part in shared})
+        self.model: Any = sharing(model)
         self.length: int | None = None
 
     def inputs(self, prompt: Prompt) -> dict[str, Tensor]:

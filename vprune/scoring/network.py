@@ -197,27 +197,9 @@ class ScorerNetwork(nn.Module, PyTorchModelHubMixin):
                 "matches or contents"
             )
 
-    def forward(
-        self,
-        maps: Tensor,
-        grid: Grid,
-        visual: Tensor | None = None,
-        text: Tensor | None = None,
-        text_valid: Tensor | None = None,
-    ) -> Tensor:
-        """Scores of I images of one grid (t, h, w), N = t h w tokens each.
-
-        Args:
-            maps: [I, 2 * heads, N] attention, means then maxima.
-            grid: of every image.
-            visual: [I, N, D] rows of the tokens, where the network reads them.
-            text: [I, R, D] instruction rows.
-            text_valid: bool [I, R], those that count; None = all.
-
-        Returns:
-            [I, N] between -8 and 8.
-        """
-        return self.seen(maps, grid, visual, text, text_valid)[0]
+    def forward(self, *read: Any) -> Tensor:
+        """The scores alone, of what `seen` takes."""
+        return self.seen(*read)[0]
 
     def seen(
         self,
@@ -227,9 +209,18 @@ class ScorerNetwork(nn.Module, PyTorchModelHubMixin):
         text: Tensor | None = None,
         text_valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The scores [I, N], what the last convolution made of every token [I, C, N], and the question [I, C'].
+        """Scores of I images of one grid (t, h, w), N = t h w tokens each, and what `summary` takes beside them.
 
-        The arguments are those of `forward`; what `summary` takes comes back.
+        Args:
+            maps: [I, 2 * heads, N] attention, means then maxima.
+            grid: of every image.
+            visual: [I, N, D] rows of the tokens, where the network reads them.
+            text: [I, R, D] instruction rows.
+            text_valid: bool [I, R], those that count; None = all.
+
+        Returns:
+            The scores [I, N] between -8 and 8, what the last convolution made of every token [I, C, N], and the
+            question [I, C'], None where the network does not read it.
         """
         tokens = math.prod(grid)
         parts, asked = [(maps * tokens + 0.01).log()], None
