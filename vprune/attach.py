@@ -39,12 +39,20 @@ from vprune.models.tower import TowerWatch
 from vprune.passage import Passage, cache_layer_masks
 from vprune.pruner import Pruner, Resize, load_method
 from vprune.records import PruneReport
+from vprune.replays import Replays, replayable
 from vprune.scoring.vflow import VisualFlow
 
 _PRUNED: WeakSet[nn.Module] = WeakSet()  # models with hooks on, so that nesting can be refused
 
 
-def prune(model: Any, method: str | Pruner = "learned", keep: float | int | None = None, **options: Any) -> Pruning:
+def prune(
+    model: Any,
+    method: str | Pruner = "learned",
+    keep: float | int | None = None,
+    *,
+    graphs: bool = False,
+    **options: Any,
+) -> Pruning:
     """Prune the visual tokens of a Hugging Face vision-language model while it generates.
 
     Args:
@@ -52,6 +60,10 @@ def prune(model: Any, method: str | Pruner = "learned", keep: float | int | None
         method: a name in conf/method/ (`vprune.method_names()`), or a `Pruner`.
         keep: what stays of every image: a fraction in (0, 1], or a number of tokens (int >= 1); None = the method's
             default, 0.1.
+        graphs: on a GPU, record what is decided before the first layer as a CUDA graph for each layout of prompts that
+            is met again (the same places of text and images), and replay it: the host then no longer holds up a short
+            prefill. While they are in use the weights may change, but not what the first layers do: no adapters
+            switched, no hooks added. Other layouts, and all on a CPU, go on as ever.
         options: the method's own: layer, stages, recycle ("none", "grid"), cells, size_aware, budget, minimum, seed ...
             (see `vprune.pruner.Pruner`). None = its default.
 
@@ -61,7 +73,7 @@ def prune(model: Any, method: str | Pruner = "learned", keep: float | int | None
 
     Raises:
         VPruneError: unknown method or option, keep out of range, a layer that the decoder does not have, not a
-            vision-language model.
+            vision-language model; graphs with a method in whose decisions the host has a say.
 
     Example:
         >>> with vprune.prune(model, method="attention", keep=0.1) as pruning:
@@ -75,7 +87,7 @@ def prune(model: Any, method: str | Pruner = "learned", keep: float | int | None
         pruner = method if keep is None else method.with_keep(keep)
     else:
         pruner = load_method(method, keep=keep, **options)
-    return Pruning(model, pruner)
+    return Pruning(model, pruner, graphs=graphs)
 
 
 class Pruning:
@@ -90,7 +102,7 @@ class Pruning:
         VPruneError: `model` is no vision-language model, or does not have the layer that the method was told.
     """
 
-    def __init__(self, model: Any, pruner: Pruner) -> None:
+    def __init__(self, model: Any, pruner: Pruner, graphs: bool = False) -> None:
         self.evidence: Sequence[Any] | None = None
         self.last: PruneReport | None = None
         refuse_compiled(model)
@@ -99,6 +111,13 @@ class Pruning:
         refuse_layers([pruner.layer, getattr(pruner.scorer, "layer", None)], len(self._anatomy.layers))
         self.pruner = pruner = pruner.fitted(len(self._anatomy.layers)).bound(self._anatomy)
         scorer = pruner.scorer
+        if graphs and not replayable(pruner):
+            raise VPruneError(
+                f"graphs=True: the plans of method={pruner.name or type(pruner).__name__} cannot be replayed, since "
+                "the host has a say in them (stages, budgets over several images, or what the tower saw); "
+                "leave graphs out, or choose attention, attention_max or learned before layer 0"
+            )
+        self._replays = Replays() if graphs else None
         self._tower = TowerWatch(
             self._anatomy,
             fingerprints=pruner.selector.fingerprints,
@@ -175,6 +194,8 @@ class Pruning:
                 if logical(vars(part).get("_cache")) is not None:
                     del part._cache
         self._remove_hooks()
+        if self._replays is not None:
+            self._replays.forget()
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:
@@ -268,7 +289,10 @@ class Pruning:
         prefill = read_prefill(self._anatomy, read, glance, self._tower.images, self.evidence)
         self.evidence = None
         self._passage = passage = Passage(self.pruner, prefill, own_masks)
-        embeds, short = passage.enter(0, prefill.hidden)
+        if self._replays is None:
+            embeds, short = passage.enter(0, prefill.hidden)
+        else:
+            embeds, short = self._replays.enter(passage, glance, read["attention_mask"])
         self.last = passage.report()
         if not passage.ends_at_once or (short is not None and passage.masks_every_layer):
             self._watch_layers()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -62,8 +62,8 @@ class Passage:
         self.stretches = [Stretch(0, self.length, None, None, valid, None, self.length)]
         self._masks: dict[Any, Any] = {}
         self._maps: dict[int, list[Tensor | None]] = {}
-        self._decided: list[Decided] = []
-        self._clock = Stopwatch()
+        self._decided: list[Callable[[], Decided]] = []
+        self.clock = Stopwatch()
         self.deciding = False
         self._stops = {0}
         for layer, _ in pruner.schedule:
@@ -102,30 +102,38 @@ class Passage:
         """What layer `layer` reads in place of `hidden` [B, K, D], and the shortening that was done, None if none."""
         if layer not in self._stops:
             return hidden, None
-        here, short, shorter = self.prefill, None, hidden
-        with self._clock.running(hidden):
-            self.prefill = replace(  # (its layers may lie on several devices, and what is known of it goes with it)
-                here,
-                hidden=hidden,
-                positions=here.positions.to(hidden.device),
-                valid=here.valid.to(hidden.device),
-                visual=here.visual.to(hidden.device),
-                layer=layer,
-                start=here.start or here,
-                stored=self._stored_before(layer),
-                past=self._past(layer),
-            )
-            self.deciding = True
-            with torch.no_grad():
-                for stage, keep in self.pruner.schedule:
-                    if self.pruner.scoring_layer(stage) == layer and stage not in self._maps:
-                        self._maps[stage] = self._scored(layer)
-                    if stage == layer:
-                        short = self._decide(layer, keep)
-            self.deciding = False
-            if short is not None:
-                shorter = self._move_on(layer, short)
+        with self.clock.running(hidden):
+            short = self.decide(layer, hidden)
+            if short is None:
+                return hidden, None
+            prefill = self.prefill
+            shorter, positions, visual = short.shorten_all(prefill.hidden, prefill.positions, prefill.visual)
+            self.move_on(layer, short, shorter, positions, visual)
         return shorter, short
+
+    def decide(self, layer: int, hidden: Tensor) -> Shortening | None:
+        """What the method has in mind for the rows `hidden` [B, K, D] before layer `layer`; None: they stay."""
+        here, short = self.prefill, None
+        self.prefill = replace(  # (its layers may lie on several devices, and what is known of it goes with it)
+            here,
+            hidden=hidden,
+            positions=here.positions.to(hidden.device),
+            valid=here.valid.to(hidden.device),
+            visual=here.visual.to(hidden.device),
+            layer=layer,
+            start=here.start or here,
+            stored=self._stored_before(layer),
+            past=self._past(layer),
+        )
+        self.deciding = True
+        with torch.no_grad():
+            for stage, keep in self.pruner.schedule:
+                if self.pruner.scoring_layer(stage) == layer and stage not in self._maps:
+                    self._maps[stage] = self._scored(layer)
+                if stage == layer:
+                    short = self._decide(layer, keep)
+        self.deciding = False
+        return short
 
     def _scored(self, layer: int) -> list[Tensor | None]:
         earlier = next((maps for stage, maps in self._maps.items() if self.pruner.scoring_layer(stage) == layer), None)
@@ -137,14 +145,15 @@ class Passage:
         identity = all(selection.is_identity for selection in selections)
         short = None if identity else shorten_batch(self.prefill, selections, self.pruner.size_aware)
         followed = images if short is None else short.images
-        self._decided.append(Decided(layer, maps, [image.standing or untouched(len(image)) for image in followed]))
+        decided = Decided(layer, maps, [image.standing or untouched(len(image)) for image in followed])
+        self._decided.append(lambda: decided)
         if short is None:
             self.prefill = replace(self.prefill, images=followed)
         return short
 
-    def _move_on(self, layer: int, short: Shortening) -> Tensor:
+    def move_on(self, layer: int, short: Shortening, shorter: Tensor, positions: Tensor, visual: Tensor) -> None:
+        """Go on with the rows that are left, [B, K, D], and what belongs to their columns."""
         prefill, before = self.prefill, self.here
-        shorter, positions, visual = short.shorten_all(prefill.hidden, prefill.positions, prefill.visual)
         assert prefill.instruction is not None
         rows, row_valid = prefill.instruction
         first = short.index.shape[1] - row_valid.sum(-1, keepdim=True)  # text is the end of every row
@@ -172,7 +181,15 @@ class Passage:
                 min(before.tail, short.tail),
             )
         )
-        return shorter
+
+    def told_of(self, decided: Callable[[], Decided]) -> None:
+        """Take over what a stage has decided, told when the report is read."""
+        self._decided.append(decided)
+
+    @property
+    def decided(self) -> Sequence[Decided]:
+        """What all stages so far have decided."""
+        return [one() for one in self._decided]
 
     def _stored_before(self, layer: int) -> int:
         return stored_length(self.prefill.cache, layer)
@@ -185,7 +202,7 @@ class Passage:
         """The report of all stages so far; it holds on to what they decided, not to the prefill."""
         images = [(image.sample, image.image, image.grid) for image in self.prefill.images]
         decided, layers = tuple(self._decided), len(self.anatomy.layers)
-        return PruneReport(len(images), partial(told, images, decided, self._clock, self.pruner.name, layers))
+        return PruneReport(len(images), partial(told, images, decided, self.clock, self.pruner.name, layers))
 
     def layer_arguments(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of a layer that reads `hidden` [B, K, D] in place of what the decoder was given."""
@@ -298,10 +315,15 @@ class Decided:
 
 
 def told(
-    images: Sequence[tuple[int, int, Grid]], stages: Sequence[Decided], clock: Stopwatch, method: str, layers: int
+    images: Sequence[tuple[int, int, Grid]],
+    decided: Sequence[Callable[[], Decided]],
+    clock: Stopwatch,
+    method: str,
+    layers: int,
 ) -> tuple[list[ImageReport], float]:
     """What has become of the images (sample, number in it, grid), fetched from the device, and the seconds it took."""
     seconds, reports = clock.seconds(), []  # (which waits until all is decided, whatever queue it was decided in)
+    stages = [one() for one in decided]
     for number, (sample, image, grid) in enumerate(images):
         parts = []
         for stage in stages:

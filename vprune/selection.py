@@ -90,6 +90,7 @@ class TopK:
     """The most important tokens first; equal ones in an order that spreads evenly over the grid."""
 
     fingerprints: ClassVar[bool] = False
+    reads_rows_only: ClassVar[bool] = True
 
     def rank(self, importance: Tensor | None, grid: Grid, budget: int, fingerprints: Sequence[int]) -> Ranking:
         """Rank by falling importance [I, N]; not-a-number counts as the least."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vprune import kernels
-from vprune.models.aside import sent
+from vprune.models.aside import numbers_on
 from vprune.records import Prefill, Selection, VisualTokens, together
 
 
@@ -105,8 +105,8 @@ def shorten_batch(prefill: Prefill, selections: Sequence[Selection], size_aware:
     for numbers in groups.values():
         one = Selection.stacked([selections[number].to(device) for number in numbers])
         columns = together([prefill.images[number].columns.to(device) for number in numbers])
-        samples = [[prefill.images[number].sample] for number in numbers]
-        rows = samples[0][0] if len(samples) == 1 else sent(torch.tensor(samples), device)
+        samples = tuple(prefill.images[number].sample for number in numbers)
+        rows = samples[0] if len(samples) == 1 else numbers_on(device, samples)[:, None]
         places = columns + rows * length
         chosen = places.gather(1, one.kept)
         if not one.is_identity:

@@ -128,7 +128,8 @@ def test_a_report_outlives_its_prefill_and_holds_no_row_of_it(tiny_vlm: Any, tin
         first = pruning.last
         model(**{**inputs, "pixel_values": -inputs["pixel_values"]})
     assert first is not None and pruning.last is not None and len(first) == len(pruning.last) == 3
-    images, stages, clock, *_ = first._read.args  # type: ignore[attr-defined]
+    images, decided, clock, *_ = first._read.args  # type: ignore[attr-defined]
+    stages = [one() for one in decided]
     held = [one.numel() for stage in stages for one in stage.maps] + [len(stage.standing) for stage in stages]
     assert max(held) == 36 and len(images) == 3 and clock.seconds() == first.seconds > 0
     assert any(not torch.equal(a.kept, b.kept) for a, b in zip(first, pruning.last, strict=True))

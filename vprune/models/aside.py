@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -37,8 +38,16 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """The same on another device; on its way from the CPU to a GPU, nobody waits for what the GPU has still to do."""
     if tensor.device == device or device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("numbers of the host would be those of the first prompt for ever")
     # From pinned memory, which torch does not hand out again before the copy is through.
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=256)
+def numbers_on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
+    """The numbers as a LongTensor [N], on a device once and for all."""
+    return sent(torch.tensor(numbers), device)
 
 
 class Stopwatch:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy
-from vprune.models.aside import sent
+from vprune.models.aside import numbers_on
 from vprune.models.probe import layer_attention, past_bias, stored_and_new_valid
 from vprune.records import Grid, Prefill, VisualTokens, instruction_rows, together
 from vprune.scoring.network import (
@@ -54,6 +54,7 @@ class Learned:
     checkpoint: str | None = None
 
     needs_evidence: ClassVar[bool] = False
+    reads_rows_only: ClassVar[bool] = True
     tower_layer: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
@@ -154,7 +155,7 @@ class Features:
     def of(self, images: Sequence[VisualTokens], grid: Grid) -> tuple[Tensor, Grid, Tensor, Tensor, Tensor]:
         """The arguments of `ScorerNetwork` for images of one grid."""
         device = self.hidden.device
-        sample = sent(torch.tensor([image.sample for image in images]), device)
+        sample = numbers_on(device, tuple(image.sample for image in images))
         columns = together([image.columns for image in images]).to(device)
         maps = self.attention[sample].gather(2, columns[:, None].expand(-1, self.attention.shape[1], -1))
         visual = self.hidden[sample[:, None], columns]

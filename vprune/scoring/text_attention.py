@@ -33,6 +33,7 @@ class TextAttention:
     pool: str = "mean"
 
     needs_evidence: ClassVar[bool] = False
+    reads_rows_only: ClassVar[bool] = True
     tower_layer: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:

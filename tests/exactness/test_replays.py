@@ -1,0 +1,192 @@
+"""Plans that are replayed are those planned anew; without a GPU a stand-in does the work again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vprune
+from tests.conftest import build_model
+from tests.exactness.families import FAMILIES, build
+from tests.exactness.families import batch as family_batch
+from tests.exactness.prompts import KINDS, batch
+from vprune import replays
+
+METHODS: dict[str, dict[str, Any]] = {
+    "attention_max": {},
+    "attention": {"recycle": "grid", "cells": 4, "size_aware": True},
+    "learned": {},
+    "nearest": {"method": "attention", "recycle": "nearest", "size_aware": True},
+    "weighted": {"method": "attention_max", "recycle": "weighted"},
+    "layer": {"method": "attention", "layer": 0},
+}
+
+
+def done_again(work: Callable[[], Any], pool: Any) -> tuple[Any, Callable[[], None]]:
+    """What `recorded` does, without a graph: each replay does the work and overwrites what the first has left."""
+    first = work()
+
+    def replay() -> None:
+        again = work()
+        for dtype, flat in first.packed._flat.items():
+            flat.copy_(again.packed._flat[dtype])
+        if first.shorter is not None:
+            first.shorter.copy_(again.shorter)
+
+    return first, replay
+
+
+@contextmanager
+def recording(device: str) -> Iterator[list[Any]]:
+    """Where there is no GPU the stand-in; lists what was recorded."""
+    made: list[Any] = []
+    record = replays.recorded if device == "cuda" else done_again
+
+    def noted(*args: Any) -> Any:
+        made.append(args)
+        return record(*args)
+
+    with pytest.MonkeyPatch.context() as patched, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patched.setattr(replays, "recorded", noted)
+        if device == "cpu":
+            patched.setattr(replays, "recordable", lambda hidden: True)
+        yield made
+
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    ),
+]
+
+
+def seen(model: Any, pruning: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, list[Any]]:
+    """Tokens that are generated, and all that is reported."""
+    ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    return ids, [
+        (one.sample, one.image, one.grid, one.kept, one.source, one.sizes, one.importance, one.tokens_after)
+        for one in pruning.last
+    ]
+
+
+def alike(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return bool(one == other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_replayed_is_planned(tiny_processor: Any, device: str, name: str, kind: str) -> None:
+    model, options = build_model().to(device), dict(METHODS[name])
+    method = options.pop("method", name)
+    inputs = {key: part.to(device) for key, part in batch(tiny_processor, kind).items()}
+    prompts = [{**inputs, "pixel_values": inputs["pixel_values"] * factor} for factor in (1.0, -1.0, 0.5, 2.0)]
+    with vprune.prune(model, method, keep=0.3, **options) as pruning:
+        wanted = [seen(model, pruning, one) for one in prompts]
+    assert not alike(wanted[0], wanted[1])
+    with recording(device) as made, vprune.prune(model, method, keep=0.3, graphs=True, **options) as pruning:
+        found, reports = [], []
+        for one in prompts:
+            found.append(model.generate(**one, max_new_tokens=4, do_sample=False))
+            reports.append(pruning.last)
+    assert len(made) == 1
+    for ids, report, (tokens, told) in zip(found, reports, wanted, strict=True):  # (read late: they are their own)
+        assert torch.equal(ids, tokens) and report.seconds >= 0
+        kept = [(one.sample, one.image, one.grid, one.kept, one.source, one.sizes) for one in report]
+        assert alike(kept, [one[:6] for one in told])
+        for own, other in zip(report, told, strict=True):
+            torch.testing.assert_close(own.importance, other[6], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str, device: str) -> None:
+    model = build(family).to(device)
+    inputs = {key: part.to(device) for key, part in family_batch(family, model).items()}
+    with torch.no_grad():
+        with vprune.prune(model, "attention_max", keep=0.4):
+            wanted = model(**inputs).logits
+        with recording(device) as made, vprune.prune(model, "attention_max", keep=0.4, graphs=True):
+            for _ in range(3):
+                torch.testing.assert_close(model(**inputs).logits, wanted, rtol=1e-5, atol=1e-6)
+    assert len(made) <= 1  # (none where pictures see themselves, or features are added behind the first layers)
+
+
+def test_each_layout_is_recorded_by_itself_and_the_oldest_forgotten(tiny_processor: Any) -> None:
+    model = build_model()
+    prompts = [batch(tiny_processor, kind) for kind in KINDS]
+    with pytest.MonkeyPatch.context() as patched, recording("cpu") as made:
+        patched.setattr(replays, "MOST", 2)
+        with torch.no_grad(), vprune.prune(model, "attention", keep=0.3, graphs=True) as pruning:
+            for inputs in (*prompts[:2], *prompts[:2], *prompts[:2]):
+                model(**inputs)
+            assert len(made) == 2
+            model(**prompts[2])
+            model(**prompts[0])  # forgotten, and met again for the first time
+            assert len(made) == 2 and pruning._replays is not None and len(pruning._replays._known) == 2
+            model(**prompts[0])
+            assert len(made) == 3
+        assert not pruning._replays._known
+
+
+def test_weights_that_were_moved_are_not_read_where_they_lay(tiny_processor: Any) -> None:
+    model, inputs = build_model(), batch(tiny_processor, "single")
+    with recording("cpu") as made, torch.no_grad(), vprune.prune(model, "attention", keep=0.3, graphs=True):
+        for _ in range(3):
+            model(**inputs)
+        for part in model.parameters():
+            part.data = part.data.clone()
+        model(**inputs)
+        model(**inputs)
+    assert len(made) == 2
+
+
+def test_what_learns_is_planned_anew(tiny_processor: Any) -> None:
+    model, inputs = build_model().train(), batch(tiny_processor, "single")
+    with recording("cpu") as made, vprune.prune(model, "attention", keep=0.3, graphs=True):
+        for _ in range(3):
+            model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert not made
+
+
+def test_a_capture_that_fails_is_told_and_done_without(tiny_processor: Any) -> None:
+    model, inputs = build_model(), batch(tiny_processor, "single")
+
+    def broken(work: Any, pool: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(replays, "recorded", broken)
+        patched.setattr(replays, "recordable", lambda hidden: True)
+        with vprune.prune(model, "attention", keep=0.3):
+            wanted = model(**inputs).logits
+        with vprune.prune(model, "attention", keep=0.3, graphs=True):
+            model(**inputs)
+            with pytest.warns(UserWarning, match="could not be recorded .* not permitted when stream is capturing"):
+                assert torch.equal(model(**inputs).logits, wanted)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert torch.equal(model(**inputs).logits, wanted)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("random", {}), ("vision", {}), ("pool", {}), ("vflowopt", {}), ("attention", {"stages": [1]}),
+     ("attention", {"budget": "sample"}), ("full", {})],
+)  # fmt: skip
+def test_methods_in_which_the_host_has_a_say_are_refused(method: str, options: dict[str, Any]) -> None:
+    with pytest.raises(vprune.VPruneError, match=f"graphs=True: the plans of method={method}"):
+        vprune.prune(build_model(), method, graphs=True, **options)

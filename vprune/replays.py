@@ -1,0 +1,251 @@
+"""Planning without the host: what was launched for one prompt is launched for all laid out alike, as a graph."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from vprune.errors import VPruneError
+from vprune.models.anatomy import Anatomy
+from vprune.models.prefill import Glance
+from vprune.passage import Decided, Passage
+from vprune.pruner import Pruner
+from vprune.records import Prefill
+from vprune.shortening import Shortening
+
+MOST = 16  # layouts remembered at a time
+_T = TypeVar("_T")
+
+
+def recorded(work: Callable[[], _T], pool: Any) -> tuple[_T, Callable[[], None]]:
+    """Do `work` as a CUDA graph is captured: what it returns, filled by each call of what comes with it."""
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may go on with what a capture must not do.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        result = work()
+    return result, graph.replay
+
+
+class Replays:
+    """The plans of one `Pruning` as CUDA graphs, one for each of the `MOST` layouts met last.
+
+    The host launches some 200 small operations to score, select and recycle, which takes several times as long as the
+    GPU works on them, and a short prefill waits for it. A layout is planned as ever when it is met first, recorded when
+    it is met again, and replayed from then on: same kernels, same numbers.
+    """
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Hashable, Recording | str | None] = OrderedDict()
+        self._pool: Any = None
+        self._rows: Tensor | None = None  # the place that recordings read hidden rows from
+
+    def enter(self, passage: Passage, glance: Glance, mask: Tensor | None) -> tuple[Tensor, Shortening | None]:
+        """`passage.enter` before the first layer; `mask` [B, L] is the one that the decoder is given."""
+        hidden = passage.prefill.hidden
+        layout = layout_of(passage, glance, mask)
+        if layout is None:
+            return passage.enter(0, hidden)
+        if layout not in self._known:
+            if len(self._known) >= MOST:
+                self._known.popitem(last=False)
+            self._known[layout] = None
+            return passage.enter(0, hidden)
+        self._known.move_to_end(layout)
+        known = self._known[layout]
+        if known is None:
+            self._known[layout] = known = self._recording(passage)
+        if isinstance(known, str):
+            return passage.enter(0, hidden)
+        with passage.clock.running(hidden):
+            return known.replayed(passage)
+
+    def _recording(self, passage: Passage) -> Recording | str:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else 0
+        hidden = passage.prefill.hidden
+        with torch.inference_mode(False):
+            if self._rows is None or self._rows.dtype != hidden.dtype or self._rows.numel() < hidden.numel():
+                self._rows = torch.empty(hidden.numel(), dtype=hidden.dtype, device=hidden.device)
+            rows = self._rows[: hidden.numel()].view_as(hidden)
+            try:
+                return Recording(passage, rows, self._pool)
+            except VPruneError:
+                raise
+            except RuntimeError as error:
+                first = str(error).strip().splitlines()[0]
+                warnings.warn(
+                    f"graphs=True: planning for {tuple(hidden.shape)} rows could not be recorded as a CUDA graph "
+                    f"({first}); it goes on without one",
+                    stacklevel=2,
+                )
+                return first
+
+    def forget(self) -> None:
+        """Let go of all recordings and their memory."""
+        self._known.clear()
+        self._pool = self._rows = None
+
+
+class Recording:
+    """The plan for one layout: hidden rows and positions in, what was decided out.
+
+    Raises:
+        RuntimeError: the work cannot be captured.
+    """
+
+    def __init__(self, passage: Passage, rows: Tensor, pool: Any) -> None:
+        given = passage.prefill
+        self.rows, self.positions = rows, torch.empty_like(given.positions)
+        self._write(given)
+        # What it reads beside those is the same for each prompt of the layout; `valid` may be the caller's own mask.
+        own = replace(given, hidden=rows, positions=self.positions, valid=given.valid.clone(), cache=None)
+        self._reads = own.visual, own.valid, own.images, own.instruction_sent
+        self.plan, self._replay = recorded(partial(planned, Passage(passage.pruner, own, None)), pool)
+
+    def _write(self, prefill: Prefill) -> None:
+        self.rows.copy_(prefill.hidden)
+        self.positions.copy_(prefill.positions)
+
+    def replayed(self, passage: Passage) -> tuple[Tensor, Shortening | None]:
+        """Plan a prefill of the layout."""
+        self._write(passage.prefill)
+        self._replay()
+        plan, packed = self.plan, self.plan.packed.copy()
+        passage.told_of(lambda: mapped(plan.decided, packed.taken))
+        if plan.short is None or plan.shorter is None:
+            return passage.prefill.hidden, None
+        short, positions, visual = (mapped(part, packed.taken) for part in (plan.short, plan.positions, plan.visual))
+        shorter = plan.shorter.clone()
+        passage.move_on(0, short, shorter, positions, visual)
+        return shorter, short
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided about a prefill, and what is left of it; in place of all tensors but `shorter` their `Slot`."""
+
+    decided: Decided
+    packed: Packed
+    short: Shortening | None = None
+    shorter: Tensor | None = None
+    positions: Any = None
+    visual: Any = None
+
+
+def planned(passage: Passage) -> Plan:
+    """The work that is recorded."""
+    prefill = passage.prefill
+    short, packed = passage.decide(0, prefill.hidden), Packed()
+    (decided,) = passage.decided
+    told = mapped(decided, packed.put)
+    if short is None:
+        return Plan(told, packed.closed())
+    shorter, *columns = short.shorten_all(prefill.hidden, prefill.positions, prefill.visual)
+    positions, visual = (packed.put(part) for part in columns)
+    # What merges and images hold is overwritten with the next prompt, and nobody asks for it after the first layer.
+    short = mapped(replace(short, merges=(), images=()), packed.put)
+    return Plan(told, packed.closed(), short, shorter, positions, visual)
+
+
+class Slot:
+    """Where a tensor of some shape lies among those of its dtype."""
+
+    def __init__(self, dtype: torch.dtype, start: int, shape: torch.Size) -> None:
+        self.dtype, self.shape = dtype, shape
+        self.part = slice(start, start + shape.numel())
+
+
+class Packed:
+    """Tensors laid end to end, by dtype: as many copies as there are dtypes copy them all."""
+
+    def __init__(self) -> None:
+        self._lists: dict[torch.dtype, list[Tensor]] = {}
+        self._ends: dict[torch.dtype, int] = {}
+        self._flat: dict[torch.dtype, Tensor] = {}
+
+    def put(self, tensor: Tensor) -> Slot:
+        """Add one."""
+        start = self._ends.get(tensor.dtype, 0)
+        slot = Slot(tensor.dtype, start, tensor.shape)
+        self._ends[tensor.dtype] = slot.part.stop
+        self._lists.setdefault(tensor.dtype, []).append(tensor.reshape(-1))
+        return slot
+
+    def closed(self) -> Packed:
+        """The same when all are in."""
+        self._flat, self._lists = {dtype: torch.cat(parts) for dtype, parts in self._lists.items()}, {}
+        return self
+
+    def copy(self) -> Packed:
+        """The same numbers elsewhere."""
+        other = Packed()
+        other._flat = {dtype: flat.clone() for dtype, flat in self._flat.items()}
+        return other
+
+    def taken(self, slot: Slot) -> Tensor:
+        """The one that was put there."""
+        return self._flat[slot.dtype][slot.part].view(slot.shape)
+
+
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The same lists, tuples and records with every tensor (or `Slot`) in them changed."""
+    if isinstance(value, Tensor | Slot):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)(mapped(one, change) for one in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{part.name: mapped(getattr(value, part.name), change) for part in fields(value)})
+    return value
+
+
+def replayable(pruner: Pruner) -> bool:
+    """True when what a method decides follows from the rows and the layout of a prompt, and the host has no say in it.
+
+    (Not from the tower's attention, from pixels or an annotation: their tensors are others with every prompt.)
+    """
+    scorer, own_plan = pruner.scorer, type(pruner).plan_alike is Pruner.plan_alike
+    return (
+        getattr(scorer, "reads_rows_only", False)
+        and getattr(pruner.selector, "reads_rows_only", False)
+        and own_plan
+        and pruner.budget in ("image", "frame")
+        and [layer for layer, _ in pruner.schedule] == [0]
+    )
+
+
+def layout_of(passage: Passage, glance: Glance, mask: Tensor | None) -> Hashable | None:
+    """All that tells a prefill from others but for its rows and positions; None where each is planned by itself."""
+    prefill, hidden = passage.prefill, passage.prefill.hidden
+    settled = prefill.stored or prefill.past.valid is not None or passage.own_masks is not None or prefill.deepstack
+    learning = torch.is_grad_enabled() and hidden.requires_grad
+    breaks = glance.breaks
+    unforeseen = breaks is None and getattr(passage.anatomy.base, "image_newline", None) is not None
+    if settled or learning or unforeseen or not recordable(hidden) or torch.is_autocast_enabled(hidden.device.type):
+        return None
+    images = tuple((one.sample, one.image, one.grid, one.origin, one.picture, one.after) for one in prefill.images)
+    told = (glance.kinds_on_host, glance.facts_with(mask).valid, breaks)
+    return (
+        *(None if one is None else one.numpy().tobytes() for one in told),
+        *(images, prefill.counts, hidden.shape, hidden.dtype, hidden.device, prefill.positions.shape),
+        *_weights(passage.anatomy, passage.pruner),
+    )
+
+
+def recordable(hidden: Tensor) -> bool:
+    """True where CUDA graphs are."""
+    return hidden.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+
+def _weights(anatomy: Anatomy, pruner: Pruner) -> tuple[int, ...]:
+    """Where the weights lie that planning reads: those of a model moved since lie elsewhere."""
+    network = getattr(pruner.scorer, "network", None)
+    layers = anatomy.layers[: (getattr(pruner.scorer, "layer", None) or 0) + 1]
+    parts = layers if network is None else [*layers, network]
+    return tuple(one.data_ptr() for part in parts for one in part.parameters())
