@@ -56,7 +56,7 @@ class Passage:
     def __init__(self, pruner: Pruner, prefill: Prefill, own_masks: dict[str, Any] | None) -> None:
         self.pruner, self.prefill, self.own_masks = pruner, prefill, own_masks
         self.anatomy, self.backend = prefill.anatomy, prefill.anatomy.backend
-        self.length = prefill.hidden.shape[1]
+        self.length, self._given = prefill.hidden.shape[1], prefill.images
         self.seen = int(prefill.cache.get_seq_length()) if prefill.cache is not None else 0
         valid = prefill.valid if min(prefill.counts) < self.length else None
         self.stretches = [Stretch(0, self.length, None, None, valid, None, self.length)]
@@ -200,7 +200,7 @@ class Passage:
 
     def report(self) -> PruneReport:
         """The report of all stages so far; it holds on to what they decided, not to the prefill."""
-        images = [(image.sample, image.image, image.grid) for image in self.prefill.images]
+        images = [(image.sample, image.image, image.grid) for image in self._given]
         decided, layers = tuple(self._decided), len(self.anatomy.layers)
         return PruneReport(len(images), partial(told, images, decided, self.clock, self.pruner.name, layers))
 

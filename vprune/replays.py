@@ -107,7 +107,7 @@ class Recording:
         # What it reads beside those is the same for each prompt of the layout; `valid` may be the caller's own mask.
         own = replace(given, hidden=rows, positions=self.positions, valid=given.valid.clone(), cache=None)
         self._reads = own.visual, own.valid, own.images, own.instruction_sent
-        self.plan, self._replay = recorded(partial(planned, Passage(passage.pruner, own, None)), pool)
+        self.plan, self._replay = recorded(partial(planned, passage.pruner, own), pool)
 
     def _write(self, prefill: Prefill) -> None:
         self.rows.copy_(prefill.hidden)
@@ -139,10 +139,10 @@ class Plan:
     visual: Any = None
 
 
-def planned(passage: Passage) -> Plan:
+def planned(pruner: Pruner, prefill: Prefill) -> Plan:
     """The work that is recorded."""
-    prefill = passage.prefill
-    short, packed = passage.decide(0, prefill.hidden), Packed()
+    passage, packed = Passage(pruner, prefill, None), Packed()
+    short = passage.decide(0, prefill.hidden)
     (decided,) = passage.decided
     told = mapped(decided, packed.put)
     if short is None:
