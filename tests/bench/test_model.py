@@ -110,6 +110,15 @@ def test_an_untrained_scorer_stands_in(tmp_path: Path) -> None:
     assert {row["method"] for row in rows} == {"learned (random scorer)"}
 
 
+def test_planning_with_graphs_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model", "device=cpu", "dtype=float32", "tokens=64", "batch=1", "keep=0.1", "measure=prefill", "repeats=1"]
+    assert main([*words, "graphs=true", f"out={tmp_path}"]) == 0
+    rows = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))["rows"]
+    assert {row["method"] for row in rows} == {"attention_max (graphs)"}
+    with pytest.raises(VPruneError, match="graphs=True: the plans of method=random"):
+        main([*words, "method=random", "graphs=true", f"out={tmp_path}"])
+
+
 def test_what_does_not_fit_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Side.prefill
 

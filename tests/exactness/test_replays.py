@@ -17,6 +17,7 @@ from tests.exactness.families import FAMILIES, build
 from tests.exactness.families import batch as family_batch
 from tests.exactness.prompts import KINDS, batch
 from vprune import replays
+from vprune.models.aside import numbers_on
 
 METHODS: dict[str, dict[str, Any]] = {
     "attention_max": {},
@@ -190,3 +191,12 @@ def test_a_capture_that_fails_is_told_and_done_without(tiny_processor: Any) -> N
 def test_methods_in_which_the_host_has_a_say_are_refused(method: str, options: dict[str, Any]) -> None:
     with pytest.raises(vprune.VPruneError, match=f"graphs=True: the plans of method={method}"):
         vprune.prune(build_model(), method, graphs=True, **options)
+
+
+def test_numbers_kept_on_a_device_serve_what_learns(tiny_processor: Any) -> None:
+    model, inputs = build_model().train(), batch(tiny_processor, "mixed")
+    numbers_on.cache_clear()
+    with vprune.prune(model, "attention", keep=0.3):
+        with torch.inference_mode():
+            model(**inputs)
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()

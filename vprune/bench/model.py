@@ -35,6 +35,7 @@ class Options:
     recycle: str | None = None
     size_aware: str | None = None
     layer: str | None = None
+    graphs: str = "false"
     decode: str = "eager"
     new: str = "1,16,64,256"
     measure: str = "prefill,answer"
@@ -58,6 +59,7 @@ MEANINGS = {
     "recycle": "as the method takes it",
     "size_aware": "as the method takes it",
     "layer": "as the method takes it",
+    "graphs": "planning as CUDA graphs, as `vprune.prune` takes it",
     "decode": "compiled has a static cache and torch.compile, graph a static cache and CUDA graphs alone",
     "new": "numbers of new tokens, end to end",
     "measure": "both with prefill,answer",
@@ -69,6 +71,7 @@ _CHOICES = {
     **DEVICES,
     "scorer": ("random",),
     "size_aware": ("true", "false"),
+    "graphs": ("false", "true"),
     "decode": ("eager", "compiled", "graph"),
 }
 _LISTS = {"kind": ("image", "video"), "measure": ("prefill", "answer")}  # of which several may be given
@@ -147,7 +150,6 @@ class ModelBench:
     def __init__(self, options: Options, device: Any, tiny: bool) -> None:
         import torch
 
-        import vprune
         from vprune.bench.architectures import ARCHITECTURES, build, visual_tokens
         from vprune.bench.passes import SIDES, Side
         from vprune.bench.timing import Clock
@@ -165,7 +167,7 @@ class ModelBench:
         self.dtype = getattr(torch, options.dtype)
         model = build(config, device, self.dtype)
         self.sides = {name: Side(name, model, self.clock) for name in SIDES}
-        vprune.prune(self.sides["pruned"].model, self.pruner(self.work[0][0].keep))  # refused here, not after a cell
+        self.pruning(self.work[0][0].keep)  # refused here, not after a cell
         self.rows: list[Row] = []
         environment = describe(device, options.dtype, None)
         environment["git_commit"] = options.commit or environment["git_commit"]
@@ -220,6 +222,12 @@ class ModelBench:
             pruner = replace(pruner, scorer=Untrained())
         return pruner
 
+    def pruning(self, keep: float) -> Any:
+        """The pruned side's `Pruning` at one budget, not yet attached."""
+        import vprune
+
+        return vprune.prune(self.sides["pruned"].model, self.pruner(keep), graphs=self.options.graphs == "true")
+
     def run(self) -> bool:
         """Measure everything that is planned, as long as there is time; True if a check failed."""
         left: list[str] = []
@@ -254,15 +262,15 @@ class ModelBench:
     def _measured(self, cell: Cell, phase: str, left: int) -> list[Row]:
         import torch
 
-        import vprune
         from vprune.bench.architectures import make_prompt
         from vprune.bench.cell import NO_ROOM, CheckError, Fits, measure_answers, measure_prefills
 
         options, sides = self.options, self.sides
         method = options.method + (" (random scorer)" if options.scorer else "")
+        method += " (graphs)" if options.graphs == "true" else ""
         head = {"model": options.model, "method": method, "decode": options.decode, **asdict(cell), "layout": ""}
         try:
-            with vprune.prune(sides["pruned"].model, self.pruner(cell.keep)) as pruning, self._cleared():
+            with self.pruning(cell.keep) as pruning, self._cleared():
                 prompt = make_prompt(sides["unpruned"].model, self.architecture, cell.kind, cell.tokens, cell.batch)
                 head |= {"tokens": prompt.tokens, "layout": prompt.layout}
                 one = Fits(replace(cell, tokens=prompt.tokens), prompt, dict(sides), pruning, head, self._until(left))

@@ -47,7 +47,8 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 @lru_cache(maxsize=256)
 def numbers_on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
     """The numbers as a LongTensor [N], on a device once and for all."""
-    return sent(torch.tensor(numbers), device)
+    with torch.inference_mode(False):  # else a model that learns could not use them later
+        return sent(torch.tensor(numbers), device)
 
 
 class Stopwatch:
