@@ -23,6 +23,10 @@ SCHEDULES: dict[str, Any] = {
     "every": [[0, 0.6], [1, 0.4], [2, 0.2]],
 }
 ROWS_OF_DEEPSTACK = 2  # tests/exactness/families.py: features after layers 0 and 1
+NEVER_AHEAD = {
+    "qwen3_vl": r"layer=1: features are added after the first 2 layers \(DeepStack\); only layer=0 is possible here",
+    "gemma3": r"layer=1: the layers of this decoder are of several kinds; only the layer of the stage is possible",
+}
 families = pytest.mark.parametrize("family", TEN)
 
 
@@ -300,20 +304,25 @@ def test_rotations_follow_the_rows_of_pictures(family: str) -> None:
         agree(pruned.logits, stepped(model, inputs, pruned.sequences))
 
 
-@pytest.mark.parametrize(
-    ("family", "words"),
-    [
-        ("qwen3_vl", r"layer=1: features are added after the first 2 layers \(DeepStack\)"),
-        ("gemma3", "layer=1: the layers of this decoder are of several kinds"),
-    ],
-)
-def test_maps_of_layers_that_would_have_to_run_ahead_are_refused(family: str, words: str) -> None:
+@families
+def test_maps_of_layers_that_would_have_to_run_ahead(family: str) -> None:
+    """The layers before run on a copy of the rows, and give the map that is seen when that layer is reached."""
     model, inputs = made(family), inputs_of(family, "padded")
-    with torch.no_grad(), refused(words), vprune.prune(model, "attention", layer=1):
-        model(**inputs)
-    with torch.no_grad(), vprune.prune(model, "attention", stages=[2]) as pruning:  # run by then
-        model(**inputs)
-    assert all(report.importance is not None for report in pruning.last or [])
+    if family in NEVER_AHEAD:
+        with torch.no_grad(), refused(NEVER_AHEAD[family]), vprune.prune(model, "attention", layer=1):
+            model(**inputs)
+        with torch.no_grad(), vprune.prune(model, "attention", stages=[2]) as pruning:  # run by then
+            model(**inputs)
+        assert all(report.importance is not None for report in pruning.last or [])
+        return
+    maps = []
+    for options in ({"layer": 1}, {"stages": [1]}, {"layer": 0}):
+        with torch.no_grad(), vprune.prune(model, "attention", keep=9, **options) as pruning:
+            model(**inputs)
+        maps.append([report.importance for report in pruning.last or []])
+    for ahead, reached, other in zip(*maps, strict=True):
+        torch.testing.assert_close(ahead, reached, rtol=0, atol=1e-6)
+        assert float((ahead - other).abs().max()) > 1e-3  # the control
 
 
 def test_a_scorer_that_runs_the_layers_itself_serves_later_stages_again_and_again(
