@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from vprune.baselines.features import FeaturePruner, Look, unit
+from vprune.baselines.greedy import chosen, farthest
 
 
 @dataclass
@@ -18,24 +19,22 @@ class DivPrune(FeaturePruner):
     then again and again the one that is farthest from the nearest already chosen, argmax_i min_{j chosen} d_ij.
 
     Example:
-        >>> diverse(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]]), 2)
-        tensor([0, 2])
+        >>> diverse([torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])], [2])
+        [tensor([0, 2])]
     """
 
-    def order(self, look: Look, budget: int) -> Tensor:
+    def orders(self, looks: Sequence[Look], budgets: Sequence[int]) -> list[Tensor]:
         """The most diverse ones first."""
-        return look.completed(diverse(look.tokens, budget))
+        found = diverse([look.tokens for look in looks], budgets)
+        return [look.completed(first) for look, first in zip(looks, found, strict=True)]
 
 
-def diverse(tokens: Tensor, count: int) -> Tensor:
-    """The numbers of the `count` most diverse of the `tokens` [N, D], in the order of choice; ties go to the first."""
-    rows = unit(tokens)
-    distance = 1 - rows @ rows.T
-    distance.fill_diagonal_(torch.inf)  # no token is its own neighbour
-    chosen = [distance.amin(-1).nan_to_num(posinf=0.0).argmax()]
-    nearest = distance[chosen[0]].clone()
-    while len(chosen) < count:
-        nearest = nearest.index_fill(0, chosen[-1][None], -torch.inf)
-        chosen.append(nearest.argmax())
-        nearest = torch.minimum(nearest, distance[chosen[-1]])
-    return torch.stack(chosen)
+def diverse(tokens: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """The numbers of the most diverse of the tokens [N, D] of each image, so many of each, in the order of choice."""
+
+    def distance(image: int) -> Tensor:
+        rows = unit(tokens[image])
+        return 1 - rows @ rows.T
+
+    device = tokens[0].device if tokens else None
+    return chosen(farthest, distance, [len(one) for one in tokens], counts, device)

@@ -103,9 +103,9 @@ class Look:
 class FeaturePruner(Pruner):
     """A method that orders or merges the tokens of an image by what they are.
 
-    Subclasses say how many rows stay of every image (`rows`), in which order tokens are kept (`order`), and what
-    becomes of the others where that is a part of the method (`merged`). `recycle` other than "none" takes the place of
-    the method's own merging.
+    Subclasses say how many rows stay of every image (`rows`), in which order tokens are kept (`order`, or `orders` for
+    all images at once), and what becomes of the others where that is a part of the method (`merged`, `groups`).
+    `recycle` other than "none" takes the place of the method's own merging.
 
     Raises:
         VPruneError: budget="frame" with a merging that does not know frames.
@@ -126,9 +126,17 @@ class FeaturePruner(Pruner):
         """The numbers of all N tokens, LongTensor [N]: the first `budget` are the choice."""
         return look.ranked()
 
+    def orders(self, looks: Sequence[Look], budgets: Sequence[int]) -> list[Tensor]:
+        """The same for several images."""
+        return [self.order(look, budget) for look, budget in zip(looks, budgets, strict=True)]
+
     def merged(self, look: Look, budget: int) -> Selection:
         """The rows that the method itself makes of an image, for methods that merge."""
         raise NotImplementedError
+
+    def groups(self, looks: Sequence[Look], budgets: Sequence[int]) -> list[Selection]:
+        """The same for several images."""
+        return [self.merged(look, budget) for look, budget in zip(looks, budgets, strict=True)]
 
     def plan(self, prefill: Prefill, maps: Sequence[Tensor | None], keep: float | int) -> list[Selection]:
         """Decide for every image of a prefill whose importance maps are `maps`.
@@ -137,7 +145,20 @@ class FeaturePruner(Pruner):
             VPruneError: the budget is more than an image has.
         """
         rows, looks = self.rows(prefill, maps, keep), self.looks(prefill, maps)
-        return settle([self.plan_look(look, budget) for look, budget in zip(looks, rows, strict=True)], prefill)
+        plans: dict[int, Selection | Absorption] = {}
+        pruned = [number for number, look in enumerate(looks) if rows[number] < len(look)]
+        some, budgets = [looks[number] for number in pruned], [rows[number] for number in pruned]
+        if self.merges and self.recycle == "none":
+            plans |= zip(pruned, self.groups(some, budgets), strict=True)
+        else:
+            # With frames that take turns, tokens far down the order may be needed.
+            far = [len(look) for look in some] if self.budget == "frame" else budgets
+            orders = dict(zip(pruned, self.orders(some, far), strict=True))
+            plans |= {number: self.laid_out(looks[number], orders[number], rows[number]) for number in pruned}
+        for number, look in enumerate(looks):
+            if number not in plans:
+                plans[number] = self.laid_out(look, torch.arange(len(look)), rows[number])
+        return settle([plans[number] for number in range(len(looks))], prefill)
 
     def looks(self, prefill: Prefill, maps: Sequence[Tensor | None]) -> list[Look]:
         """What may be looked at of every image."""
@@ -145,16 +166,9 @@ class FeaturePruner(Pruner):
             Look(prefill, image, standing_part(one, image)) for image, one in zip(prefill.images, maps, strict=True)
         ]
 
-    def plan_look(self, look: Look, budget: int) -> Selection | Absorption:
-        """Decide for one image."""
+    def laid_out(self, look: Look, order: Tensor, budget: int) -> Selection | Absorption:
+        """The rows that an order of keeping, LongTensor [N], makes of one image."""
         image, by_frame = look.image, self.budget == "frame"
-        if budget >= len(look):
-            order = torch.arange(len(look))
-        elif self.merges and self.recycle == "none":
-            return self.merged(look, budget)
-        else:
-            # With frames that take turns, tokens far down the order may be needed.
-            order = self.order(look, len(look) if by_frame else budget)
         if by_frame:
             number = torch.empty(math.prod(image.grid), dtype=torch.long)
             number[look.places] = torch.arange(len(look))

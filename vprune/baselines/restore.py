@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from vprune.baselines.divprune import diverse
 from vprune.baselines.features import FeaturePruner, Look, unit
@@ -51,10 +53,15 @@ class Restore(FeaturePruner):
         if not number or not 0 <= self.decay < math.inf:
             raise VPruneError(f"decay={self.decay!r}: give a factor, 0 or above")
 
-    def merged(self, look: Look, budget: int) -> Selection:
+    def groups(self, looks: Sequence[Look], budgets: Sequence[int]) -> list[Selection]:
         """The groups of the anchors."""
-        anchors = diverse(look.tokens, budget)
-        rows = unit(look.tokens)
+        anchors = diverse([look.tokens for look in looks], budgets)
+        return [self.grouped(look, found) for look, found in zip(looks, anchors, strict=True)]
+
+    def grouped(self, look: Look, anchors: Tensor) -> Selection:
+        """The rows of one image, given its anchors, LongTensor [K]."""
+        rows, budget = unit(look.tokens), len(anchors)
+        anchors = anchors.to(rows.device)
         group = (rows @ rows[anchors].T).argmax(-1)
         group = group.index_copy(0, anchors, torch.arange(budget, device=group.device)).cpu()
         places = medians(group, budget)
