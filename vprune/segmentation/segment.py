@@ -21,6 +21,7 @@ from vprune.segmentation.masks import Masks, Spent
 from vprune.segmentation.prompting import Drawn, draw
 from vprune.segmentation.recipe import Recipe as Recipe
 from vprune.segmentation.segmenters import Segmenter, load_segmenter
+from vprune.segmentation.stages import Stages
 
 MAX_SIDE, MIN_SIDE = 20_000, 1
 _WORKING_SIDE = 2048  # larger pictures are segmented at this size and their masks enlarged
@@ -91,12 +92,18 @@ class Session:
         picture = _opened(image)
         since, device = time.perf_counter(), self.model.device
         memory.begin(device)
-        respondent = Respondent(self.model, self.processor, self.recipe, self.method)
-        masks = self._masks(picture, phrase, respondent)
+        stages = Stages(device)
+        respondent = self.respondent(stages)
+        masks = self._masks(picture, phrase, respondent, stages)
         before, after = counted(respondent.tokens.values())
-        return replace(masks, spent=Spent(before, after, time.perf_counter() - since, memory.peak_bytes(device)))
+        seconds, peak = time.perf_counter() - since, memory.peak_bytes(device)
+        return replace(masks, spent=Spent(before, after, seconds, peak, stages.seconds))
 
-    def _masks(self, picture: Image.Image, phrase: str | None, respondent: Respondent) -> Masks:
+    def respondent(self, stages: Stages) -> Respondent:
+        """What is asked about one picture, and counts its time to `stages`."""
+        return Respondent(self.model, self.processor, self.recipe, self.method, stages)
+
+    def _masks(self, picture: Image.Image, phrase: str | None, respondent: Respondent, stages: Stages) -> Masks:
         size = (picture.height, picture.width)
         shrink = min(1.0, _WORKING_SIDE / max(picture.size))
         if shrink < 1:
@@ -108,9 +115,12 @@ class Session:
             return Masks.none(size)
         used = sorted({one.view for one in candidates})
         renumbered = [replace(one, view=used.index(one.view)) for one in candidates]
-        encoded = self.segmenter.encode([views[view] for view in used])
-        drawn = draw(self.segmenter, encoded, renumbered, self.recipe.prompting)
-        return self._merged(drawn, [boxes[view] for view in used], picture.size, size, phrase)
+        with stages.timed("encode"):
+            encoded = self.segmenter.encode([views[view] for view in used])
+        with stages.timed("prompt"):
+            drawn = draw(self.segmenter, encoded, renumbered, self.recipe.prompting)
+        with stages.timed("merge"):
+            return self._merged(drawn, [boxes[view] for view in used], picture.size, size, phrase)
 
     def _views(self, picture: Image.Image, phrase: str | None) -> list[tuple[int, int, int, int]]:
         width, height = picture.size
