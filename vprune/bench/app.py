@@ -19,6 +19,7 @@ SUBJECTS: dict[str, tuple[str, str]] = {
         "vprune.bench.app",
     ),
     "model": ("a whole model, pruned, unpruned, and as short as the pruned one from the start", "vprune.bench.model"),
+    "segment": ("every stage of `vprune segment`", "vprune.bench.segment"),
     "automatic": ("masks prompted by attention against SAM's automatic mask generator", "vprune.bench.automatic"),
 }
 _USAGE = """\
@@ -41,6 +42,13 @@ Architectures are true and at full size on a CUDA device, their weights random: 
 the pruned model, the unpruned one and the oracle (as many tokens from the start as pruning leaves, nothing hooked),
 share their weights and take turns. A prefill is timed from the decoder's entry, the device idle, to the first token,
 the hooks before it added; an answer around `generate`, vision tower included. What does not fit into memory is named.
+
+options of `vprune bench segment`:
+{segment}
+
+The embedded models look at scenes of the shipped split. Of any other model the architecture is true and the weights are
+random, and so are SAM's; they find nothing sensible, so the picture, the length of the answer, the number of words that
+maps are made of and where those maps point are given, and what each stage takes is measured.
 
 options of `vprune bench automatic`:
 {automatic}

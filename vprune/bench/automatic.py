@@ -15,6 +15,7 @@ from vprune.bench.results import options_text, read_words, write
 from vprune.errors import VPruneError
 
 SIDES = ("prompted", "automatic")
+_BETWEEN_TABLES = 10.0  # seconds; a run that is broken off leaves the last of them
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _share(key: str, text: str) -> float:
 
 
 def main(words: Sequence[str]) -> int:
-    """Measure both sides image by image, print a table, write bench.csv and bench.json."""
+    """Measure both sides image by image, print a table, write bench.csv and bench.json as it goes on."""
     from vprune.eval.environment import describe
     from vprune.eval.models import ModelChoice, load, pick_device
     from vprune.segmentation.evaluation import OPEN, ScenesSegment, session_of
@@ -116,23 +117,22 @@ def main(words: Sequence[str]) -> int:
     contest = Contest(session, generator)
     if device.type == "cuda":  # first calls choose and load kernels
         contest.both(benchmark.load_image(samples[0]))
+    environment = describe(device, str(loaded.model.dtype).removeprefix("torch."), options.model)
+    environment["git_commit"] = options.commit or environment["git_commit"]
     rows: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     taken: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    said = time.monotonic()
+    environment |= {"options": asdict(options) | {"device": str(device)}, "each": taken}
+    folder, said = Path(options.out), time.monotonic()
     for number, sample in enumerate(samples, start=1):
         for side, (found, seconds) in contest.both(benchmark.load_image(sample)).items():
             rows[side].append({"id": sample.id, "prediction": json.dumps(found)})
             taken[side].append(seconds | {"masks": len(found)})
-        if time.monotonic() - said > 10:
+        last = number == len(samples)
+        if last or time.monotonic() - said > _BETWEEN_TABLES:
+            measured = [_row(side, benchmark.metrics(rows[side]), taken[side], taken["automatic"]) for side in SIDES]
+            print("\n".join(table(measured)) if last else f"{number} of {len(samples)} images", flush=True)
+            write(folder, Row, measured, environment)
             said = time.monotonic()
-            print(f"{number} of {len(samples)} images", flush=True)
-    measured = [_row(side, benchmark.metrics(rows[side]), taken[side], taken["automatic"]) for side in SIDES]
-    print("\n".join(table(measured)))
-    environment = describe(device, str(loaded.model.dtype).removeprefix("torch."), options.model)
-    environment["git_commit"] = options.commit or environment["git_commit"]
-    environment |= {"options": asdict(options) | {"device": str(device)}, "each": taken}
-    folder = Path(options.out)
-    write(folder, Row, measured, environment)
     print(f"wrote {folder / 'bench.csv'} and {folder / 'bench.json'}")
     return DONE
 

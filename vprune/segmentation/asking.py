@@ -117,7 +117,7 @@ class Respondent:
             return []
         inputs = self._inputs([view], [question])
         length = inputs["input_ids"].shape[1]
-        whole = _with_answer(inputs, answer[None])
+        whole = with_answer(inputs, answer[None])
         text = TokenText.of(tokenizer, whole["input_ids"][0].tolist(), length)
         groups, kept, after = [], [], 0
         for name in names:
@@ -192,7 +192,7 @@ def _until_end(answer: Tensor, ends: Tensor) -> Tensor:
     return answer[: int(at[0]) + 1] if len(at) else answer
 
 
-def _with_answer(inputs: Any, answer: Tensor) -> dict[str, Any]:
+def with_answer(inputs: Any, answer: Tensor) -> dict[str, Any]:
     """The inputs of a prompt with the ids [1, T] of what was answered behind it."""
     said = torch.cat([inputs["input_ids"], answer], 1)
     whole = {**inputs, "input_ids": said, "attention_mask": torch.ones_like(said)}
