@@ -162,12 +162,32 @@ class Session:
         return replace((best if phrase is None else best.take([0])).resized(size), heat=np.asarray(small))
 
 
-def _opened(image: Image.Image | str | Path) -> Image.Image:
-    from vprune.eval.benchmarks.images import load_image
+def refuse_size(size: tuple[int, int], image: str = "the image") -> None:
+    """Refuse a picture of this (width, height).
 
-    picture = load_image(Path(image)) if isinstance(image, str | Path) else image.convert("RGB")
-    if max(picture.size) > MAX_SIDE:
-        raise VPruneError(f"the image is {picture.width} x {picture.height} pixels; sides up to {MAX_SIDE} are taken")
+    Raises:
+        VPruneError: a side is too long, or there is nothing in it.
+    """
+    if not MIN_SIDE <= min(size) <= max(size) <= MAX_SIDE:
+        raise VPruneError(
+            f"{image} is {size[0]} x {size[1]} pixels; sides from {MIN_SIDE} up to {MAX_SIDE} are taken: scale it first"
+        )
+
+
+def _opened(image: Image.Image | str | Path) -> Image.Image:
+    from vprune.eval.benchmarks.images import as_rgb, load_image
+
+    if isinstance(image, str | Path):
+        picture = load_image(Path(image))
+    elif isinstance(image, Image.Image):
+        refuse_size(image.size)
+        picture = as_rgb(image)
+    else:
+        raise VPruneError(
+            f"no image can be made of {type(image).__name__}; give a path or a PIL image (of an array: "
+            "Image.fromarray(array))"
+        )
+    refuse_size(picture.size)
     return picture
 
 
