@@ -23,6 +23,8 @@ PACKAGES = (
     "pillow",
     "hydra-core",
     "pycocotools",
+    "segment-anything",
+    "open_clip_torch",
     "ray",
 )
 

@@ -47,7 +47,7 @@ def load_image(path: Path | ImageSource) -> Image.Image:
     with _opened(path) as image:
         try:
             image.load()
-            return _as_rgb(ImageOps.exif_transpose(image))
+            return as_rgb(ImageOps.exif_transpose(image))
         except _READ_ERRORS as error:
             raise VPruneError(
                 f"image {path} cannot be decoded ({_reason(error)}): it is corrupt or cut short; replace the file"
@@ -85,7 +85,8 @@ def _reason(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB: transparency laid on white, greyscale spread, 16 bits a pixel scaled to 8."""
     if image.mode in ("I", "F") or image.mode.startswith(
         "I;16"
     ):  # 16 bits or more a pixel; convert("RGB") would clip them

@@ -207,8 +207,13 @@ def _panel(
                 canvas.dot(x, y, colour, side == "oracle")
 
 
-def tables(kernels: Sequence[Measured], models: Sequence[Measured]) -> str:
-    """Markdown: every operation, and every measure that has a bound."""
+def tables(
+    kernels: Sequence[Measured],
+    models: Sequence[Measured],
+    segmented: Sequence[Measured] = (),
+    automatic: Sequence[Measured] = (),
+) -> str:
+    """Markdown: every operation, every measure that has a bound, the stages of a segmentation, and its rival."""
     parts = []
     for one in kernels:
         head = f"Operations, {one.where}; above 1 they are faster than the copy, or than torch:"
@@ -230,7 +235,46 @@ def tables(kernels: Sequence[Measured], models: Sequence[Measured]) -> str:
         lines += ["|---|---:|---:|---:|---:|---:|---:|---:|---|"]
         lines += [model_line(row) for row in one.rows if row["bound"] and row["pruned"] is not None]
         parts.append("\n".join(lines))
+    parts += ["\n".join(stage_lines(one)) for one in segmented]
+    parts += ["\n".join(rival_lines(one)) for one in automatic]
     return "\n\n".join(parts) + "\n"
+
+
+def stage_lines(one: Measured) -> list[str]:
+    """The stages of a segmentation side by side, a line for the whole image and one with crops."""
+    cells: dict[bool, dict[str, Record]] = {}
+    for row in one.rows:
+        if row["p50"] is not None:
+            cells.setdefault(row["crops"], {})[row["stage"]] = row
+    stages = list(dict.fromkeys(stage for cell in cells.values() for stage in cell))
+    first = one.rows[0]
+    lines = [f"`vprune segment`, {first['model']} model, {first['segmenter']} SAM, {one.where}; seconds an image:", ""]
+    lines += ["| | prompts | " + " | ".join(stages) + " |", "|---|" + "---:|" * (len(stages) + 1)]
+    for crops, cell in cells.items():
+        row = next(iter(cell.values()))
+        prompts = "as it finds" if row["prompts"] is None else f"{row['prompts']:.0f}"
+        numbers = [f"{cell[stage]['p50']:.3f}" if stage in cell else "" for stage in stages]
+        lines.append(f"| {'with crops' if crops else 'whole image'} | {prompts} | " + " | ".join(numbers) + " |")
+    return lines
+
+
+def rival_lines(one: Measured) -> list[str]:
+    """The prompted masks and those of the automatic mask generator."""
+    options, images = one.environment["options"], one.rows[0]["images"]
+    grid = f"{options['points']} x {options['points']} points, predicted IoU >= {options['pred_iou']:g}"
+    head = f"The same {options['segmenter']} SAM, prompted by attention and by its automatic mask generator ({grid}, "
+    head += f"stability >= {options['stability']:g}), {images:.0f} scenes, {one.where}:"
+    lines = [head, "", "| | AR@100 | AP50 | masks | s an image | faster | SAM alone | faster |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for row in one.rows:
+        ar, ap50 = ("-" if row[key] is None else f"{row[key]:.3f}" for key in ("ar100", "ap50"))
+        own = row["side"] == "automatic"
+        faster, alone = ("", "") if own else (f"{row['times']:.1f}x", f"{row['sam_times']:.1f}x")
+        lines.append(
+            f"| {row['side']} | {ar} | {ap50} | {row['masks']:.1f} | {row['seconds']:.2f} | {faster} | "
+            f"{row['sam_seconds']:.2f} | {alone} |"
+        )
+    return lines
 
 
 def model_line(row: Record) -> str:
@@ -279,13 +323,15 @@ def main() -> None:
     found = [read(path.parent) for path in sorted(options.results.glob("*/bench.csv"))]
     kernels = [one for one in found if one.rows and "op" in one.rows[0]]
     models = [one for one in found if one.rows and "measure" in one.rows[0]]
-    if not kernels and not models:
+    segmented = [one for one in found if one.rows and "stage" in one.rows[0]]
+    automatic = [one for one in found if one.rows and "side" in one.rows[0]]
+    if not (kernels or models or segmented or automatic):
         parser.error(f"{options.results} holds no measurements: run `vprune bench` with out={options.results}/NAME")
     if kernels:
         draw_kernels(kernels, options.results / "kernels.svg")
     if models:
         draw_models(models, options.results / "models.svg")
-    text = tables(kernels, models)
+    text = tables(kernels, models, segmented, automatic)
     (options.results / "tables.md").write_text(text, encoding="utf-8")
     if options.readme is not None:
         options.readme.write_text(put_between_marks(options.readme.read_text(encoding="utf-8"), text), encoding="utf-8")

@@ -13,7 +13,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from tests.segmentation.made import scene
+from vprune import VPruneError
 from vprune.cli import main
+from vprune.segmentation.segment import _opened
 
 
 def content_of(out: Path) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def test_images_of_every_kind_and_files_that_are_none(tmp_path: Path, capsys: py
     told = capsys.readouterr().err
     for name in ("text.jpg", "empty.png", "short.png", "wider.png"):
         assert f"failed: {name}: " in told
-    assert "sides up to 20000" in told and "Traceback" not in told
+    assert "sides from 1 up to 20000" in told and "Traceback" not in told
     content = content_of(out)
     assert {one["file_name"]: (one["width"], one["height"]) for one in content["images"]} == sizes
     for name in sizes:
@@ -106,11 +108,18 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     text.write_text("no image")
     scene(3)[0].save(image)
     nothing.mkdir()
+    wide = tmp_path / "wider.png"
+    Image.new("L", (20_001, 1)).save(wide)
     out = f"out={tmp_path / 'out'}"
     for words, told in (
         ([str(tmp_path / "nowhere.png")], "does not exist"),
         ([str(nothing)], "holds no images"),
         ([str(text)], "is not an image"),
+        ([str(wide)], f"image {wide} is 20001 x 1 pixels; sides from 1 up to 20000 are taken"),
+        (["phrase=circle"], "vprune segment needs IMAGE_OR_DIR"),
+        ([str(image), "the", "red", "circle"], 'quotes around it: phrase="the red circle"'),
+        ([str(image), "phrase=the", "red", "circle"], 'quotes around it: phrase="the red circle"'),
+        ([str(image), str(text)], "several images go into a folder"),
         ([str(image), "phrase=日本"], "tokenizer does not know '日本' (it knows above, "),
         ([str(image), "phrase=the red zebra"], "tokenizer does not know 'zebra' (it knows above, "),
         ([str(nothing.parent), "phrase=zebra and yak"], "does not know 'zebra', 'and', 'yak'"),
@@ -127,3 +136,20 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["segment", str(image), "device=cpu", out]) == 2
     assert f"out={tmp_path / 'out'} cannot be written ({tmp_path / 'out'} is a file)" in capsys.readouterr().err
     assert main(["segment"]) == 2 and "IMAGE_OR_DIR" in capsys.readouterr().err
+
+
+def test_pictures_that_are_given_are_seen_as_their_files_are() -> None:
+    scenery = scene(3)[0]
+    deep = Image.fromarray(np.asarray(scenery.convert("L"), dtype=np.uint16) * 257)
+    clear = scenery.convert("RGBA")
+    clear.putalpha(0)
+    assert np.array_equal(np.asarray(_opened(deep)), np.asarray(scenery.convert("L").convert("RGB")))
+    assert np.asarray(_opened(clear)).min() == 255
+    for wrong, told in (
+        (np.zeros((4, 4, 3), np.uint8), r"of ndarray; give a path or a PIL image"),
+        (None, "of NoneType"),
+        (Image.new("RGB", (0, 4)), "0 x 4 pixels"),
+        (Image.new("L", (20_001, 1)), "20001 x 1 pixels"),
+    ):
+        with pytest.raises(VPruneError, match=told):
+            _opened(wrong)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from vprune.segmentation.labels import Labeller
 from vprune.segmentation.prompting import Prompting
 from vprune.segmentation.segment import Recipe, Session
 from vprune.segmentation.segmenters import load_segmenter
+from vprune.segmentation.stages import STAGES
 
 SCENE = 3
 
@@ -173,3 +174,11 @@ def test_commands_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ):
         assert main(["segment", *words, f"out={tmp_path / 'o'}"]) == 2
         assert told in capsys.readouterr().err
+
+
+def test_every_stage_is_timed(session: Session) -> None:
+    spent = session(scene(SCENE)[0]).spent
+    assert spent is not None and tuple(spent.stages) == STAGES
+    assert 0.9 * spent.seconds < sum(spent.stages.values()) <= spent.seconds
+    looked = session(scene(SCENE)[0], "the circle").spent
+    assert looked is not None and tuple(looked.stages) == STAGES[1:]

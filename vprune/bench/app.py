@@ -19,6 +19,8 @@ SUBJECTS: dict[str, tuple[str, str]] = {
         "vprune.bench.app",
     ),
     "model": ("a whole model, pruned, unpruned, and as short as the pruned one from the start", "vprune.bench.model"),
+    "segment": ("every stage of `vprune segment`", "vprune.bench.segment"),
+    "automatic": ("masks prompted by attention against SAM's automatic mask generator", "vprune.bench.automatic"),
 }
 _USAGE = """\
 usage: vprune bench SUBJECT [key=value ...]
@@ -40,6 +42,19 @@ Architectures are true and at full size on a CUDA device, their weights random: 
 the pruned model, the unpruned one and the oracle (as many tokens from the start as pruning leaves, nothing hooked),
 share their weights and take turns. A prefill is timed from the decoder's entry, the device idle, to the first token,
 the hooks before it added; an answer around `generate`, vision tower included. What does not fit into memory is named.
+
+options of `vprune bench segment`:
+{segment}
+
+The embedded models look at scenes of the shipped split. Of any other model the architecture is true and the weights are
+random, and so are SAM's; they find nothing sensible, so the picture, the length of the answer, the number of words that
+maps are made of and where those maps point are given, and what each stage takes is measured.
+
+options of `vprune bench automatic`:
+{automatic}
+
+Both sides have the same SAM and see the same images, in turns; accuracy is that of benchmark=scenes_segment. With its
+defaults the generator drops whatever its SAM is not sure of: pred_iou=0 stability=0 keeps it.
 
 exit codes: 0 done, 1 a check failed, 2 a mistake in the command"""
 
@@ -125,10 +140,10 @@ def main(argv: Sequence[str]) -> int:
 
 def help_text() -> str:
     """The subjects, and every option with its default and meaning."""
-    subjects = [f"  {name:<9}{text}" for name, (text, _) in SUBJECTS.items()]
+    subjects = [f"  {name:<10}{text}" for name, (text, _) in SUBJECTS.items()]
     kernels = options_text(Options, _MEANINGS, _CHOICES)
-    model = import_module(SUBJECTS["model"][1]).help_text()
-    return _USAGE.format(subjects="\n".join(subjects), kernels=kernels, model=model)
+    others = {name: import_module(SUBJECTS[name][1]).help_text() for name in SUBJECTS if name != "kernels"}
+    return _USAGE.format(subjects="\n".join(subjects), kernels=kernels, **others)
 
 
 def read_options(words: Sequence[str]) -> Options:

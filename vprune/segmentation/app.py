@@ -36,8 +36,21 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("image", metavar="IMAGE_OR_DIR", help="a picture, or a folder of them")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="how; options below")
     arguments = parser.parse_intermixed_args(list(argv))
+    if re.match(r"[\w.]+=", arguments.image) and not Path(arguments.image).exists():
+        parser.error("the following arguments are required: IMAGE_OR_DIR")
+    if bare := [word for word in arguments.overrides if "=" not in word]:
+        raise VPruneError(_misplaced(bare, arguments.overrides))
     config = configured(arguments.overrides)
     return run(Path(arguments.image).expanduser(), config)
+
+
+def _misplaced(bare: Sequence[str], words: Sequence[str]) -> str:
+    """What is wrong with words behind the image that are no key=value."""
+    said = " ".join(word.removeprefix("phrase=") for word in words if word in bare or word.startswith("phrase="))
+    remedy = f'options are key=value, and a phrase of several words has quotes around it: phrase="{said}"'
+    if all(Path(word).exists() for word in bare):
+        remedy = "several images go into a folder, which is named in their place"
+    return f"vprune segment takes one image or folder, and not {bare[0]!r} behind it; {remedy}"
 
 
 def configured(overrides: Sequence[str]) -> dict[str, Any]:
@@ -71,12 +84,13 @@ def run(source: Path, config: Mapping[str, Any]) -> int:
 
     from vprune.eval.benchmarks.images import check_image
     from vprune.eval.console import make_console
+    from vprune.segmentation.segment import refuse_size
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     paths = images_in(source)
     if not source.is_dir():
-        check_image(source)
+        refuse_size(check_image(source), f"image {source}")
     said = re.sub(r"[^\w.+-]+", "_", str(config["phrase"])) if config["phrase"] else None
     name = source.resolve().stem if said is None else f"{source.resolve().stem}-{said}"
     out = Path(str(config["out"])).expanduser() if config["out"] else Path("runs") / "segment" / name

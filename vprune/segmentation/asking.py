@@ -19,6 +19,7 @@ from vprune.segmentation.marked import with_marked
 from vprune.segmentation.prompting import Candidate
 from vprune.segmentation.reading import Reading, read
 from vprune.segmentation.recipe import Recipe
+from vprune.segmentation.stages import Stages
 from vprune.segmentation.words import TokenText, names_in, plain, refuse_unsayable, unaligned
 
 _AT_ONCE = 8  # prompts answered in one batch
@@ -30,8 +31,11 @@ class Respondent:
     `tokens` tells for each view asked about how many visual tokens it has, and how many of them the layers read.
     """
 
-    def __init__(self, model: Any, processor: Any, recipe: Recipe, method: Pruner | None) -> None:
+    def __init__(
+        self, model: Any, processor: Any, recipe: Recipe, method: Pruner | None, stages: Stages | None = None
+    ) -> None:
         self.model, self.processor, self.recipe, self.method = model, processor, recipe, method
+        self.stages = stages if stages is not None else Stages(model.device)
         self.tokens: dict[int, tuple[int, int]] = {}
 
     def listed(self, views: Sequence[Image.Image]) -> list[Candidate]:
@@ -40,8 +44,11 @@ class Respondent:
         found = []
         for start in range(0, len(asked), _AT_ONCE):
             part = asked[start : start + _AT_ONCE]
-            for (view, question), answer in zip(part, self._answers(views, part), strict=True):
-                found += self._named(view, views[view], question, answer)
+            with self.stages.timed("answer"):
+                answers = self._answers(views, part)
+            with self.stages.timed("maps"):
+                for (view, question), answer in zip(part, answers, strict=True):
+                    found += self._named(view, views[view], question, answer)
         return found
 
     def referred(self, views: Sequence[Image.Image], phrase: str) -> list[Candidate]:
@@ -59,7 +66,8 @@ class Respondent:
             if at is None:
                 raise unaligned(phrase)
             rows = self._rows(text, wanted, at[0]) + ([len(ids) - 1] if self.recipe.final else [])
-            (heat,) = self._heats(number, view, inputs, [rows])
+            with self.stages.timed("maps"):
+                (heat,) = self._heats(number, view, inputs, [rows])
             found.append(Candidate(number, wanted, heat))
         return found
 
@@ -109,7 +117,7 @@ class Respondent:
             return []
         inputs = self._inputs([view], [question])
         length = inputs["input_ids"].shape[1]
-        whole = _with_answer(inputs, answer[None])
+        whole = with_answer(inputs, answer[None])
         text = TokenText.of(tokenizer, whole["input_ids"][0].tolist(), length)
         groups, kept, after = [], [], 0
         for name in names:
@@ -184,7 +192,7 @@ def _until_end(answer: Tensor, ends: Tensor) -> Tensor:
     return answer[: int(at[0]) + 1] if len(at) else answer
 
 
-def _with_answer(inputs: Any, answer: Tensor) -> dict[str, Any]:
+def with_answer(inputs: Any, answer: Tensor) -> dict[str, Any]:
     """The inputs of a prompt with the ids [1, T] of what was answered behind it."""
     said = torch.cat([inputs["input_ids"], answer], 1)
     whole = {**inputs, "input_ids": said, "attention_mask": torch.ones_like(said)}

@@ -60,6 +60,11 @@ class ScenesSegment:
     def _by_id(self) -> dict[int, dict[str, Any]]:
         return {int(one["id"]): one for one in self._content["annotations"]}
 
+    @property
+    def categories(self) -> Sequence[str]:
+        """What there can be in an image."""
+        return tuple(str(one["name"]) for one in self._content["categories"])
+
     @cached_property
     def samples(self) -> Sequence[Sample]:
         """One sample an image (kind `open`), and one an expression (kind `refer`)."""

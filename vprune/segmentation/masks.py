@@ -26,13 +26,15 @@ class Spent:
     """What the masks of one picture took.
 
     `tokens_before`, `tokens_after`: visual tokens of all its views (the picture and its crops), and those that the
-    layers read after pruning; `seconds`; `peak_bytes`: see `vprune.segmentation.memory`, None where nobody knows.
+    layers read after pruning; `seconds`; `peak_bytes`: see `vprune.segmentation.memory`, None where nobody knows;
+    `stages`: the seconds of each stage that there was, see `vprune.segmentation.stages`.
     """
 
     tokens_before: int
     tokens_after: int
     seconds: float
     peak_bytes: int | None
+    stages: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from vprune.segmentation.masks import Masks, Spent
 from vprune.segmentation.prompting import Drawn, draw
 from vprune.segmentation.recipe import Recipe as Recipe
 from vprune.segmentation.segmenters import Segmenter, load_segmenter
+from vprune.segmentation.stages import Stages
 
 MAX_SIDE, MIN_SIDE = 20_000, 1
 _WORKING_SIDE = 2048  # larger pictures are segmented at this size and their masks enlarged
@@ -91,12 +92,18 @@ class Session:
         picture = _opened(image)
         since, device = time.perf_counter(), self.model.device
         memory.begin(device)
-        respondent = Respondent(self.model, self.processor, self.recipe, self.method)
-        masks = self._masks(picture, phrase, respondent)
+        stages = Stages(device)
+        respondent = self.respondent(stages)
+        masks = self._masks(picture, phrase, respondent, stages)
         before, after = counted(respondent.tokens.values())
-        return replace(masks, spent=Spent(before, after, time.perf_counter() - since, memory.peak_bytes(device)))
+        seconds, peak = time.perf_counter() - since, memory.peak_bytes(device)
+        return replace(masks, spent=Spent(before, after, seconds, peak, stages.seconds))
 
-    def _masks(self, picture: Image.Image, phrase: str | None, respondent: Respondent) -> Masks:
+    def respondent(self, stages: Stages) -> Respondent:
+        """What is asked about one picture, and counts its time to `stages`."""
+        return Respondent(self.model, self.processor, self.recipe, self.method, stages)
+
+    def _masks(self, picture: Image.Image, phrase: str | None, respondent: Respondent, stages: Stages) -> Masks:
         size = (picture.height, picture.width)
         shrink = min(1.0, _WORKING_SIDE / max(picture.size))
         if shrink < 1:
@@ -108,9 +115,12 @@ class Session:
             return Masks.none(size)
         used = sorted({one.view for one in candidates})
         renumbered = [replace(one, view=used.index(one.view)) for one in candidates]
-        encoded = self.segmenter.encode([views[view] for view in used])
-        drawn = draw(self.segmenter, encoded, renumbered, self.recipe.prompting)
-        return self._merged(drawn, [boxes[view] for view in used], picture.size, size, phrase)
+        with stages.timed("encode"):
+            encoded = self.segmenter.encode([views[view] for view in used])
+        with stages.timed("prompt"):
+            drawn = draw(self.segmenter, encoded, renumbered, self.recipe.prompting)
+        with stages.timed("merge"):
+            return self._merged(drawn, [boxes[view] for view in used], picture.size, size, phrase)
 
     def _views(self, picture: Image.Image, phrase: str | None) -> list[tuple[int, int, int, int]]:
         width, height = picture.size
@@ -152,12 +162,32 @@ class Session:
         return replace((best if phrase is None else best.take([0])).resized(size), heat=np.asarray(small))
 
 
-def _opened(image: Image.Image | str | Path) -> Image.Image:
-    from vprune.eval.benchmarks.images import load_image
+def refuse_size(size: tuple[int, int], image: str = "the image") -> None:
+    """Refuse a picture of this (width, height).
 
-    picture = load_image(Path(image)) if isinstance(image, str | Path) else image.convert("RGB")
-    if max(picture.size) > MAX_SIDE:
-        raise VPruneError(f"the image is {picture.width} x {picture.height} pixels; sides up to {MAX_SIDE} are taken")
+    Raises:
+        VPruneError: a side is too long, or there is nothing in it.
+    """
+    if not MIN_SIDE <= min(size) <= max(size) <= MAX_SIDE:
+        raise VPruneError(
+            f"{image} is {size[0]} x {size[1]} pixels; sides from {MIN_SIDE} up to {MAX_SIDE} are taken: scale it first"
+        )
+
+
+def _opened(image: Image.Image | str | Path) -> Image.Image:
+    from vprune.eval.benchmarks.images import as_rgb, load_image
+
+    if isinstance(image, str | Path):
+        picture = load_image(Path(image))
+    elif isinstance(image, Image.Image):
+        refuse_size(image.size)
+        picture = as_rgb(image)
+    else:
+        raise VPruneError(
+            f"no image can be made of {type(image).__name__}; give a path or a PIL image (of an array: "
+            "Image.fromarray(array))"
+        )
+    refuse_size(picture.size)
     return picture
 
 
