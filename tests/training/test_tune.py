@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import vprune
 from tests.conftest import build_model
 from tests.eval.made import sample_rows, write_benchmark
 from vprune.cli import main
+from vprune.models import masks
 from vprune.pruner import load_method
 from vprune.training import tuner
 
@@ -67,6 +68,43 @@ def test_the_best_setting_is_written_and_the_methods_own_came_first(tuned: Path)
     method = load_method(str(tuned / "vflowopt_tuned.yaml"))
     assert (method.keep, method.first, method.cells) == (0.3, best["first"], best["cells"])
     assert method.scorer.alpha == best["alpha"] and method.scorer.threshold == best["threshold"]
+    assert (method.recycle, method.size_aware) == (best["recycle"], best["size_aware"])
+
+
+def test_ways_of_recycling_are_searched_unless_they_are_fixed(tune: Tune, tuned: Path) -> None:
+    trials, own = trials_of(tuned), load_method("vflowopt")
+    assert (trials[0]["recycle"], trials[0]["size_aware"]) == (own.recycle, own.size_aware)
+    assert len({trial["recycle"] for trial in trials}) > 2 and len({trial["size_aware"] for trial in trials}) == 2
+    sized = tune(f"trials={TRIALS}", "recycle=nearest")
+    assert all("recycle" not in trial for trial in trials_of(sized))
+    assert {trial["size_aware"] for trial in trials_of(sized)} == {False, True}
+    fixed = tune("trials=3", "recycle=anchors", "size_aware=true")
+    assert not any({"recycle", "size_aware"} & set(trial) for trial in trials_of(fixed))
+    method = load_method(str(fixed / "vflowopt_tuned.yaml"))
+    assert (method.recycle, method.size_aware) == ("anchors", True)
+    assert load_method(str(sized / "vflowopt_tuned.yaml")).recycle == "nearest"
+    begun = tune("trials=4", "method.recycle=none", "seed=1")
+    ways = [trial["recycle"] for trial in trials_of(begun)]
+    assert ways[0] == "none" and len(set(ways)) > 1
+
+
+def test_sizes_are_not_searched_where_attention_takes_none(
+    tune: Tune, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(masks, "takes_bias", lambda backend: False)
+    out = tune("trials=8")
+    assert all("size_aware" not in trial for trial in trials_of(out))
+    assert load_method(str(out / "vflowopt_tuned.yaml")).size_aware is False
+    assert "size_aware=false in all settings: sdpa takes no additive mask" in capsys.readouterr().out
+
+
+def test_what_the_file_leaves_to_its_class_is_written_beside_the_rest(tmp_path: Path) -> None:
+    scorer = {"_target_": "vprune.scoring.vflow.VisualFlow", "threshold": 1.0, "alpha": 0.0}
+    brief = {"_target_": "vprune.progressive.Progressive", "scorer": scorer}
+    options = {"first": 1.5, "second": 1.0, "threshold": 2.0, "recycle": "nearest", "size_aware": True}
+    trial = tuner.Trial(1, options, 0.5)
+    method = load_method(str(tuner.write_method(tmp_path, "brief", brief, trial, trial, "Tuned.")))
+    assert (method.recycle, method.size_aware, method.first, method.scorer.threshold) == ("nearest", True, 1.5, 2.0)
 
 
 def test_what_came_of_it_is_said_and_scenes_drawn_for_it_go(
@@ -134,6 +172,9 @@ def test_every_setting_that_is_suggested_is_one_of_the_method(keep: float) -> No
 
         def suggest_int(self, name: str, low: int, high: int) -> int:
             return round(low + self.at * (high - low))
+
+        def suggest_categorical(self, name: str, values: Sequence[Any]) -> Any:
+            return values[round(self.at * (len(values) - 1))]
 
     for at in (0.0, 0.3, 0.77, 1.0):
         method = load_method("vflowopt", keep=keep, **tuner.suggested(Drawn(at), keep))

@@ -188,13 +188,18 @@ def over_tokens_seen(valid: Tensor, dropped: int) -> Tensor:
     return torch.nn.functional.pad(valid, (dropped, 0), value=False) if dropped else valid
 
 
+def takes_bias(backend: str) -> bool:
+    """True if attention takes an additive mask there, as `size_aware` needs it."""
+    return backend in _ADDITIVE_BACKENDS
+
+
 def refuse_bias(backend: str) -> None:
     """Refuse `size_aware` where attention takes no additive mask.
 
     Raises:
         VPruneError: always then, naming the backends that do.
     """
-    if backend not in _ADDITIVE_BACKENDS:
+    if not takes_bias(backend):
         raise VPruneError(
             f"size_aware=true with attention implementation {backend!r}: it takes no additive mask; "
             f"use one of {', '.join(_ADDITIVE_BACKENDS)} (model.set_attn_implementation('sdpa')) or size_aware=false"

@@ -25,6 +25,7 @@ Search the settings of a progressive method for one model and one budget, withou
 
   vprune tune keep=0.1
   vprune tune keep=0.25 model=llava-hf/llava-onevision-qwen2-7b-ov-hf benchmark=my/folder trials=30
+  vprune tune keep=0.1 recycle=weighted size_aware=false   (as VFlowOpt recycles; else that is searched, too)
 
 It maximises the last-token flow (the cosine between the last prompt token's final hidden state in the full and in the
 pruned model) by Gaussian-process optimisation, and writes a YAML: vprune eval method=PATH_OF_THAT_FILE keep=0.1"""
@@ -55,6 +56,8 @@ def tune(overrides: Sequence[str] = ()) -> Path:
     from vprune.eval.console import make_console
     from vprune.eval.models import resolve
     from vprune.eval.overrides import compose_all
+    from vprune.models.anatomy import dissect
+    from vprune.models.masks import takes_bias
     from vprune.training.tuner import LastTokenFlow, line, search, tunable, write_method
 
     config = compose_all(overrides, primary="tune")[0].config
@@ -68,19 +71,23 @@ def tune(overrides: Sequence[str] = ()) -> Path:
     folder = Path(str(config["out"] or f"runs/tune/{model_name}-{name}-{config['keep']}")).expanduser()
     console = make_console()
     options = {**_changed(method, source), **fixed}
-    tunable(source, options)  # told before a large model is loaded, not after
+    own = tunable(source, options)  # told before a large model is loaded, not after
     resolve(config["model"]["path"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise VPruneError(f"out={folder} cannot be written to ({error})") from error
     loaded, batches, samples = _samples(config, folder, console)
+    backend = dissect(loaded.model).backend
+    if "size_aware" not in fixed and not takes_bias(backend):
+        fixed["size_aware"] = own.size_aware
+        console.print(f"size_aware={str(own.size_aware).lower()} in all settings: {backend} takes no additive mask")
     tried, total = [], config["trials"]
     console.print(f"tuning {name} for keep={config['keep']}: {total} settings, each on {samples} samples")
     flow = LastTokenFlow(loaded, batches)
     with (folder / TRIALS).open("w", encoding="utf-8") as log, Progress(console=console) as bar:
         task = bar.add_task("tuning", total=total)
-        for trial in search(flow, source, options, total, config["seed"]):
+        for trial in search(flow, source, options, total, config["seed"], fixed):
             tried.append(trial)
             log.write(line(trial))
             log.flush()

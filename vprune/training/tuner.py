@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,14 @@ from vprune.eval.models import LoadedModel
 from vprune.models.anatomy import dissect
 from vprune.progressive import Progressive
 from vprune.pruner import load_method
+from vprune.recycling import RECYCLERS
 
 _MOST_AT_FIRST = 2.8  # times the mean budget, so that something is left for the two other thirds
 _THRESHOLDS = (0.0, 150.0)
 _ALPHAS = (0.0, 1000.0)
 _CELLS_A_SIDE = (1, 6)
+CHOICES = {"recycle": RECYCLERS, "size_aware": (False, True)}
+"""Options that are searched among a few values, unless they are fixed."""
 _STARTUP_TRIALS = 10  # drawn at random before the Gaussian process has something to go by
 
 
@@ -81,19 +84,26 @@ class LastTokenFlow:
 
 
 def search(
-    flow: Callable[[Any], float], source: str, options: dict[str, Any], trials: int, seed: int
+    flow: Callable[[Any], float],
+    source: str,
+    options: dict[str, Any],
+    trials: int,
+    seed: int,
+    fixed: Collection[str] = (),
 ) -> Iterator[Trial]:
     """Try `trials` settings, the method's own first, each where the last ones promise most.
 
     A Gaussian process with expected improvement chooses first and second (what each third keeps), the threshold of the
-    calibration, the weight of the entropies, and how many cells recycle; the last third follows from the budget.
+    calibration, the weight of the entropies, what becomes of pruned tokens, how many cells recycle, and whether sizes
+    count; the last third follows from the budget.
 
     Args:
         flow: what is maximised, of a method.
         source: the method's name or file.
-        options: what is fixed, with `keep` a fraction below 1.
+        options: where the search begins, with `keep` a fraction below 1.
         trials: how many settings.
         seed: of the search; the same one tries the same.
+        fixed: which of `CHOICES` stay as they are there.
 
     Raises:
         VPruneError: optuna is not installed, or the method has no thirds.
@@ -109,12 +119,11 @@ def search(
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.GPSampler(seed=seed, n_startup_trials=_STARTUP_TRIALS, deterministic_objective=True)
     study = optuna.create_study(direction="maximize", sampler=sampler)
-    study.enqueue_trial(told(own))
+    study.enqueue_trial(told(own, fixed))
     for number in range(trials):
         trial = study.ask()
-        asked = own_options(own) if number == 0 else suggested(trial, keep)
-        if number == 0:
-            suggested(trial, keep)  # the study learns where the method's own setting lies
+        found = suggested(trial, keep, fixed)  # at first the study only learns where the method's own setting lies
+        asked = found if number else own_options(own, fixed)
         value = flow(load_method(source, **{**options, **asked}))
         study.tell(trial, value)
         yield Trial(number, asked, value)
@@ -134,8 +143,12 @@ def tunable(source: str, options: dict[str, Any]) -> Progressive:
     return own
 
 
-def suggested(trial: Any, keep: float) -> dict[str, Any]:
-    """Options within the budget, from where the search looks in the unit cube of feasible thirds."""
+def suggested(trial: Any, keep: float, fixed: Collection[str] = ()) -> dict[str, Any]:
+    """Options within the budget, from where the search looks in the unit cube of feasible thirds.
+
+    Every parameter is asked for in every trial, also where the others make it idle: the Gaussian process leaves those
+    that some trials lack to chance.
+    """
     most = min(_MOST_AT_FIRST, 1 / keep)
     first = 1 + trial.suggest_float("first", 0.0, 1.0) * (most - 1)
     even = (3 - first) / 2
@@ -146,10 +159,11 @@ def suggested(trial: Any, keep: float) -> dict[str, Any]:
         "threshold": round(trial.suggest_float("threshold", *_THRESHOLDS), 3),
         "alpha": round(trial.suggest_float("alpha", *_ALPHAS), 3),
         "cells": trial.suggest_int("side", *_CELLS_A_SIDE) ** 2,
+        **{key: trial.suggest_categorical(key, values) for key, values in CHOICES.items() if key not in fixed},
     }
 
 
-def own_options(method: Progressive) -> dict[str, Any]:
+def own_options(method: Progressive, fixed: Collection[str] = ()) -> dict[str, Any]:
     """The setting that a method comes with, in the terms of `suggested`."""
     scorer: Any = method.scorer
     return {
@@ -158,12 +172,13 @@ def own_options(method: Progressive) -> dict[str, Any]:
         "threshold": getattr(scorer, "threshold", 0.0),
         "alpha": getattr(scorer, "alpha", 0.0),
         "cells": method.cells,
+        **{key: getattr(method, key) for key in CHOICES if key not in fixed},
     }
 
 
-def told(method: Progressive) -> dict[str, Any]:
+def told(method: Progressive, fixed: Collection[str] = ()) -> dict[str, Any]:
     """Where a method's own setting lies in the space that `suggested` searches, as near as it reaches."""
-    own, keep = own_options(method), float(method.keep)
+    own, keep = own_options(method, fixed), float(method.keep)
     most = min(_MOST_AT_FIRST, 1 / keep)
     even = (3 - own["first"]) / 2
     room = min(own["first"], 3 - own["first"]) - even
@@ -174,6 +189,7 @@ def told(method: Progressive) -> dict[str, Any]:
         "threshold": _within(own["threshold"], *_THRESHOLDS),
         "alpha": _within(own["alpha"], *_ALPHAS),
         "side": int(_within(math.isqrt(own["cells"]), low, high)),
+        **{key: own[key] for key in CHOICES if key in own},
     }
 
 
@@ -189,7 +205,7 @@ def write_method(folder: Path, name: str, config: dict[str, Any], best: Trial, o
     """
     tuned = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
     for key, value in best.options.items():
-        owner = tuned if key in tuned else tuned["scorer"]
+        owner = tuned["scorer"] if key in tuned["scorer"] else tuned
         owner[key] = value
     text = f"# {says}\n# Last-token flow {best.flow:.6f} (trial {best.number}); {own.flow:.6f} before.\n"
     path = folder / f"{name}.yaml"
