@@ -88,6 +88,19 @@ def test_localisation_heads_are_some_of_the_heads(prompt: Any) -> None:
     assert float(entropy_of_parts(one)) < float(entropy_of_parts(two))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "extractor", [MeanAttention(), MeanAttention(weighted=True), Flow(), Rollout(), LocalisationHeads()]
+)
+def test_a_gpu_reads_the_same_maps(prompt: Any, extractor: Any) -> None:
+    model, inputs, _, rows = prompt
+    wanted = read(model, inputs, rows, extractor).maps
+    there = {name: part.to("cuda") for name, part in inputs.items()}
+    maps = read(model.to("cuda"), there, rows, extractor).maps
+    torch.testing.assert_close(maps.cpu(), wanted, atol=1e-4, rtol=1e-3)
+
+
 def test_reading_leaves_the_model_as_it_was(prompt: Any) -> None:
     model, inputs, _, rows = prompt
 

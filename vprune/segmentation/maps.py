@@ -215,7 +215,7 @@ class _Heads:
         heads = torch.cat(self.seen)  # [layers * H, R, N]
         share = heads[..., self.visual].sum(-1).mean(1)
         maps = heads.mean(1)[:, self.visual]
-        spread = torch.stack([entropy_of_parts(one) for one in maps])
+        spread = torch.stack([entropy_of_parts(one) for one in maps]).to(share.device)
         spread = torch.where(share >= share.mean(), spread, torch.inf)
         best = spread.argsort()[: self.top]
         return heads[best].mean(0)
