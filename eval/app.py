@@ -48,21 +48,27 @@ def _print_configurations(overrides: Sequence[str], sweep: bool) -> int:
 
 
 def _run(overrides: Sequence[str], sweep: bool) -> int:
+    # What is wrong with the command is told before torch and transformers are imported, which takes seconds.
+    from vprune.eval.launching import launch, split_launcher
+    from vprune.eval.models import resolve
+    from vprune.eval.settings import read_jobs
+
+    launcher, overrides = split_launcher(overrides)
+    if launcher and not sweep:
+        raise VPruneError(f"{launcher[0]} launches the runs of a sweep: add -m")
+    jobs = read_jobs(overrides, sweep)
+    for path in dict.fromkeys(job.config["model"]["path"] for job in jobs):
+        resolve(path)
+
     from transformers.utils import logging
 
     from vprune.eval.console import complain, failures, make_console, table
-    from vprune.eval.launching import launch, split_launcher
     from vprune.eval.run import carry_out, forget, plan
-    from vprune.eval.settings import read_jobs
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     forget()
     console = make_console()
-    launcher, overrides = split_launcher(overrides)
-    if launcher and not sweep:
-        raise VPruneError(f"{launcher[0]} launches the runs of a sweep: add -m")
-    jobs = read_jobs(overrides, sweep)
     plans = [plan(job) for job in jobs]
     runs = []
     mistakes = 0

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from vprune.errors import VPruneError
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flex_attention", "flash_attention_2")
@@ -50,6 +51,7 @@ def load(choice: ModelChoice) -> LoadedModel:
     `device=auto` is the first CUDA device, else the CPU; `dtype=auto` is float32 on the CPU and for the embedded model,
     else bfloat16. Raises VPruneError if the model cannot be found or loaded, with the library's reason.
     """
+    import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     device = pick_device(choice.device)
@@ -112,6 +114,8 @@ def fingerprint(path: str) -> str | None:
 
 def pick_device(name: str) -> torch.device:
     """The device meant by "auto", "cpu", "cuda" or "cuda:N"; VPruneError if this machine has no such device."""
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

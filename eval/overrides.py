@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vprune.errors import VPruneError
 from vprune.eval.models import HUB_ID
 from vprune.eval.options import GENERIC, entries, groups_of, listed, names_of
-from vprune.pruner import METHOD_FILE, method_label, read_method
+from vprune.method_files import METHOD_FILE, method_label, read_method
 
 _PATHS = ("out", "model", "method", "benchmark", "model.path", "benchmark.path")
 

@@ -12,6 +12,7 @@ from vprune.eval.reporting.gather import gather
 from vprune.eval.reporting.sections import Gathered
 
 LEADERBOARD_MD, LEADERBOARD_JSON, INDEX = "leaderboard.md", "leaderboard.json", "index.html"
+RETENTION_JSON = "retention.json"  # where runs of a model on several benchmarks lie in the folder
 GALLERY = 12
 
 _DESCRIPTION = f"""\
@@ -20,7 +21,8 @@ Gather the runs below DIR into {LEADERBOARD_MD}, {LEADERBOARD_JSON} and {INDEX} 
   vprune report runs/demo
   vprune report runs/demo gallery=0      # no pictures, so no model is loaded
 
-Runs of different models, benchmarks or samples stand in sections of their own."""
+Runs of different models, benchmarks or samples stand in sections of their own. Of a model's runs on several benchmarks
+the retention, score / the full model's, is given as its mean over them, too ({RETENTION_JSON})."""
 
 
 def report(folder: str | Path, gallery: int = GALLERY) -> Path:
@@ -82,11 +84,16 @@ def _write(gathered: Gathered, gallery: int) -> Path:
     """The tables first, so that they are there should the pictures fail."""
     from vprune.eval.reporting.gallery import gallery as pictures
     from vprune.eval.reporting.leaderboard import markdown, rows
+    from vprune.eval.reporting.means import comparisons, data
     from vprune.eval.reporting.page import page
 
     folder = gathered.folder
     _replace(folder / LEADERBOARD_MD, markdown(gathered))
     _replace(folder / LEADERBOARD_JSON, json.dumps(rows(gathered), indent=2, ensure_ascii=False) + "\n")
+    if means := data(comparisons(gathered)):
+        _replace(folder / RETENTION_JSON, json.dumps(means, indent=2, ensure_ascii=False) + "\n")
+    else:
+        (folder / RETENTION_JSON).unlink(missing_ok=True)  # of runs that are no longer here
     _replace(folder / INDEX, page(gathered, [pictures(section, gallery) for section in gathered.sections]))
     return folder / INDEX
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vprune.amounts import checked_options
 from vprune.errors import VPruneError
 from vprune.eval.models import ATTENTIONS, DTYPES, ModelChoice
 from vprune.eval.overrides import Composed, compose_all, unknown
-from vprune.pruner import read_method
+from vprune.method_files import read_method
 
 PRUNING_OPTIONS = ("layer", "recycle", "size_aware", "stages", "budget", "minimum")
 _TOLD_ELSEWHERE = ("model", "method", "benchmark", "keep", "limit", "seed", "blank", "out", "overwrite")
@@ -114,6 +115,8 @@ def _settle(config: dict[str, Any]) -> None:
         config["method"] = {"name": "full", **read_method("full")}
     elif config["keep"] is None:
         config["keep"] = config["method"].get("keep", 0.1)
+    for options in (config, config["method"]):
+        checked_options(**{key: options.get(key) for key in ("keep", *PRUNING_OPTIONS)})
     for key in ("keep", "seed", *PRUNING_OPTIONS):
         _place(config["method"], key, config[key])
 

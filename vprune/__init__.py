@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vprune.attach import Pruning, prune
     from vprune.errors import VPruneError
-    from vprune.pruner import Pruner, load_method, method_names
+    from vprune.method_files import method_names
+    from vprune.pruner import Pruner, load_method
     from vprune.records import ImageReport, PruneReport
     from vprune.segmentation.masks import Masks
     from vprune.segmentation.segment import segment
@@ -24,7 +25,7 @@ _HOMES = {
     "VPruneError": "vprune.errors",
     "Pruner": "vprune.pruner",
     "load_method": "vprune.pruner",
-    "method_names": "vprune.pruner",
+    "method_names": "vprune.method_files",
     "ImageReport": "vprune.records",
     "PruneReport": "vprune.records",
     "Masks": "vprune.segmentation.masks",

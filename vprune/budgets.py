@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +13,6 @@ from torch import Tensor
 from vprune.errors import VPruneError
 from vprune.records import Grid, VisualTokens
 from vprune.selection import spread_order
-
-BUDGETS = ("image", "sample", "frame", "question")
-Stage = tuple[int, float | int]
-"""A decoder layer, and what of every image is left when it is entered."""
 
 
 @dataclass(frozen=True)
@@ -136,47 +131,6 @@ def contested(total: int, maps: Sequence[Tensor], grids: Sequence[Grid], minimum
     best = flat[open_].argsort(descending=True, stable=True)[:left]
     won = torch.bincount(owners[open_][best], minlength=len(maps)).tolist()
     return [floor + int(more) for floor, more in zip(floors, won, strict=True)]
-
-
-def checked_keep(keep: Any) -> float | int:
-    """A fraction in (0, 1] as a float or a token count as an int, from any kind of number.
-
-    Raises:
-        VPruneError: it is neither.
-    """
-    remedy = "give a fraction in (0, 1] or a token count per image (int >= 1)"
-    if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
-        raise VPruneError(f"keep={keep!r}: {remedy}")
-    if isinstance(keep, numbers.Integral):
-        if keep < 1:
-            raise VPruneError(f"keep={keep} is below 1: {remedy}")
-        return int(keep)
-    if not 0 < float(keep) <= 1:
-        raise VPruneError(f"keep={keep} is outside (0, 1]: {remedy}")
-    return float(keep)
-
-
-def checked_stages(stages: Any, keep: float | int) -> tuple[Stage, ...]:
-    """The stages that `stages` asks for: layers, or [layer, keep] pairs; a layer alone keeps `keep`; None = layer 0.
-
-    Raises:
-        VPruneError: it is none of these, or the layers do not rise.
-    """
-    if stages is None:
-        return ((0, keep),)
-    remedy = "give decoder layers, each alone or as [layer, keep], rising: stages=[2] or stages=[[0,0.5],[8,0.1]]"
-    if isinstance(stages, (str, bytes)) or not isinstance(stages, Sequence) or not stages:
-        raise VPruneError(f"stages={stages!r}: {remedy}")
-    read: list[Stage] = []
-    for stage in stages:
-        alone = not isinstance(stage, Sequence) or isinstance(stage, (str, bytes))
-        layer, share = (stage, keep) if alone else (*stage, None)[:2]
-        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 or (not alone and len(stage) != 2):
-            raise VPruneError(f"stages={list(stages)!r}: {stage!r} is no stage; {remedy}")
-        if read and layer <= read[-1][0]:
-            raise VPruneError(f"stages={list(stages)!r}: layer {layer} comes after layer {read[-1][0]}; {remedy}")
-        read.append((layer, checked_keep(keep if share is None else share)))
-    return tuple(read)
 
 
 def count_of(keep: float | int, total: int, grids: Sequence[Grid]) -> int:

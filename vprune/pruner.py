@@ -5,26 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
-from importlib import resources
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from vprune.budgets import BUDGETS, Budget, Stage, checked_keep, checked_stages, count_of
+from vprune.amounts import OWN_ROWS, Stage, checked_keep, checked_options, checked_stages
+from vprune.budgets import Budget, count_of
 from vprune.errors import VPruneError
+from vprune.method_files import method_label, read_method
 from vprune.models.anatomy import Anatomy
 from vprune.models.aside import sent
 from vprune.records import Grid, Prefill, Selection, VisualTokens, together
-from vprune.recycling import OWN_ROWS, Absorption, Recycler, pool_cells, representatives
+from vprune.recycling import Absorption, Recycler, pool_cells, representatives
 from vprune.scoring import Scorer
 from vprune.selection import Ranking, Selector, TopK, cell_of_token, cells_within, frame_by_frame
 
 _COMMON = ("layer", "seed")  # accepted by every method, for sweeps; used by those whose parts have them
 _PARTS = ("scorer", "selector")
-METHOD_FILE = ".yaml"
 
 
 @dataclass
@@ -82,20 +80,12 @@ class Pruner:
     def __post_init__(self) -> None:
         self.keep = checked_keep(self.keep)
         self._recycler = Recycler(self.recycle, self.cells, self.share, self.distance)
-        if not isinstance(self.size_aware, bool):
-            raise VPruneError(f"size_aware={self.size_aware!r}: give true or false")
-        if self.budget not in BUDGETS:
-            raise VPruneError(f"budget={self.budget!r}: choose one of {', '.join(BUDGETS)}")
+        checked_options(self.keep, self.recycle, self.size_aware, self.stages, self.budget, self.minimum, self.layer)
         if self.budget == "question" and not hasattr(self.scorer, "shares"):
             raise VPruneError(
                 f"budget='question': {self.name or type(self.scorer).__name__} cannot tell how many tokens a question "
                 "needs; method=learned can, or give budget=image"
             )
-        if isinstance(self.minimum, bool) or not isinstance(self.minimum, int) or self.minimum < 1:
-            raise VPruneError(f"minimum={self.minimum!r}: give a number of tokens, at least 1")
-        if self.layer is not None and (isinstance(self.layer, bool) or not isinstance(self.layer, int)):
-            raise VPruneError(f"layer={self.layer!r}: give the number of a decoder layer")
-        checked_stages(self.stages, self.keep)
 
     @property
     def needs_evidence(self) -> bool:
@@ -278,56 +268,6 @@ class Resize(Pruner):
             seen = prefill.tower[image.origin]
             plans.append(representatives(cell_of_token(image.grid, (1, *(seen.small_grid or seen.grid[1:])))))
         return plans
-
-
-@lru_cache(maxsize=1)
-def method_names() -> list[str]:
-    """The names of all methods: the YAML files in conf/method/."""
-    folder = resources.files("vprune.conf") / "method"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def method_label(name: str) -> str:
-    """What reports call a method: its name, or that of its file without the ending."""
-    return Path(name).stem if str(name).endswith(METHOD_FILE) else name
-
-
-def read_method(name: str) -> dict[str, Any]:
-    """The configuration of a method: that of conf/method/NAME.yaml, or of the YAML file at the path `name`.
-
-    Raises:
-        VPruneError: there is no such method, or the file is none of a method.
-    """
-    from omegaconf import OmegaConf
-
-    if isinstance(name, str) and name.endswith(METHOD_FILE):
-        return _read_file(Path(name).expanduser())
-    if not isinstance(name, str) or name not in method_names():
-        known = ", ".join(method_names())
-        raise VPruneError(
-            f"method={name!r} is unknown: choose one of {known}, or give the path of a {METHOD_FILE} file"
-        )
-    text = (resources.files("vprune.conf") / "method" / f"{name}.yaml").read_text(encoding="utf-8")
-    config: Any = OmegaConf.to_container(OmegaConf.create(text))
-    return dict(config)
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise VPruneError(f"method={path}: the file cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise VPruneError(f"method={path} is not YAML: {' '.join(str(error).split())}") from error
-    target = config.get("_target_") if isinstance(config, dict) else None
-    if not isinstance(target, str) or not target.startswith("vprune."):
-        raise VPruneError(
-            f"method={path} describes no method: its _target_ is {target!r}, and should be a class of vprune's, such "
-            "as vprune.pruner.Pruner; conf/method/ has examples"
-        )
-    return dict(config)
 
 
 def load_method(name: str, **options: Any) -> Pruner:

@@ -115,7 +115,8 @@ def _sections(runs: Iterable[Run], folder: Path) -> list[Section]:
         most = {entry.budget: max(one.share for one in entries if one.budget == entry.budget) for entry in entries}
         entries.sort(key=lambda entry: (not entry.is_full, -most[entry.budget], -entry.accuracy, entry.label))
         told = (task.model, task.benchmark, task.blank, task.samples, task.questions, tuple(entries))
-        sections.append(Section(*told, _apart(task, groups), "" if full else _nearest(task, baselines, folder)))
+        nearest = "" if full else _nearest(task, baselines, folder)
+        sections.append(Section(*told, _apart(task, groups), nearest, task.weights))
     # The richest comparison first; blanked images, a control, last.
     return sorted(sections, key=lambda section: (section.blank, -len(section.entries), section.title, section.detail))
 

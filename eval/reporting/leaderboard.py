@@ -7,6 +7,7 @@ from itertools import groupby
 from statistics import fmean
 from typing import Any
 
+from vprune.eval.reporting.means import comparisons, table
 from vprune.eval.reporting.sections import Entry, Gathered, Section
 
 _NAMED = 3  # runs that a sentence names; more of them it counts
@@ -99,8 +100,11 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def markdown(gathered: Gathered) -> str:
-    """`leaderboard.md`: per section the sentences, accuracy by budget, and every run."""
+    """`leaderboard.md`: retention over benchmarks; per section the sentences, accuracy by budget, and every run."""
     parts = ["# Leaderboard", ""]
+    for comparison in comparisons(gathered):
+        parts += [f"## {comparison.title}", "", comparison.told.replace("*", "\\*"), ""]
+        parts += [*_markdown_table(*table(comparison)), ""]
     for section in gathered.sections:
         parts += [f"## {section.title}, {section.detail}", "", " ".join(summary(section)), ""]
         parts += [

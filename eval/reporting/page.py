@@ -11,6 +11,7 @@ import vprune
 from vprune.eval.reporting.curves import colours, curves
 from vprune.eval.reporting.gallery import Gallery
 from vprune.eval.reporting.leaderboard import summary
+from vprune.eval.reporting.means import comparisons
 from vprune.eval.reporting.sections import Entry, Gathered, Section
 
 _SOFTWARE = ("torch", "transformers", "vprune")
@@ -34,6 +35,8 @@ def page(gathered: Gathered, galleries: Sequence[Gallery]) -> str:
     ]
     return environment.get_template("page.html.jinja").render(
         sections=sections,
+        comparisons=comparisons(gathered),
+        colour=colour,
         unfinished=gathered.unfinished,
         broken=gathered.broken,
         version=vprune.__version__,

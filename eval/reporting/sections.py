@@ -91,7 +91,8 @@ class Section:
     """Runs of one model on one set of samples: the only ones that are ranked against each other.
 
     `apart` is what tells the section from others of its title, empty where there are none; `nearest` is what keeps the
-    full run that is most like these from being their baseline, empty where they have one or none is in sight.
+    full run that is most like these from being their baseline, empty where they have one or none is in sight; `weights`
+    is a checksum of the model's files.
     """
 
     model: str
@@ -102,6 +103,7 @@ class Section:
     entries: tuple[Entry, ...]
     apart: str = ""
     nearest: str = ""
+    weights: str = ""
 
     @property
     def title(self) -> str:

@@ -17,8 +17,8 @@ from vprune.bench.app import main
 from vprune.bench.architectures import ARCHITECTURES, Prompt, as_short, build, bytes_of_row, make_prompt, visual_rows
 from vprune.bench.cell import CheckError, Fits
 from vprune.bench.model import MEANINGS, Options, read_options
-from vprune.bench.model_rows import Cell, Row, measured
-from vprune.bench.passes import SIDES, Side
+from vprune.bench.model_rows import SIDES, Cell, Row, measured
+from vprune.bench.passes import Side
 from vprune.bench.timing import Clock
 from vprune.cli import main as vprune_main
 from vprune.pruner import load_method

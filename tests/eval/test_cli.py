@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from vprune import VPruneError, __version__
-from vprune.budgets import BUDGETS
+from vprune.amounts import BUDGETS, RECYCLERS
 from vprune.cli import main
 from vprune.eval.models import DTYPES
 from vprune.eval.options import entries, options_of
 from vprune.eval.overrides import compose_all
-from vprune.recycling import RECYCLERS
 
 ROOT = Path(__file__).resolve().parents[2]
 

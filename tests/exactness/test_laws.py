@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vprune
 from tests.conftest import GRID
 from tests.exactness.prompts import KINDS, batch
-from vprune.pruner import read_method
+from vprune.method_files import read_method
 
 METHODS = [name for name in vprune.method_names() if name != "full"]
 BASELINES = [name for name in METHODS if read_method(name)["_target_"].startswith("vprune.baselines.")]

@@ -11,9 +11,10 @@ from torch import Tensor
 from tests.exactness.families import batch as family_batch
 from tests.exactness.families import build
 from tests.exactness.prompts import KINDS, batch
+from vprune.amounts import RECYCLERS
 from vprune.models.probe import layer_attention
 from vprune.records import Prefill, Selection
-from vprune.recycling import RECYCLERS, Absorption, Recycler
+from vprune.recycling import Absorption, Recycler
 from vprune.selection import Random, Stride, TopK, frame_by_frame, spread_order
 from vprune.training.prompts import read_prompt
 

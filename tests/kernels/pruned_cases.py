@@ -11,7 +11,7 @@ from torch import Tensor
 import vprune
 from tests.exactness.families import batch, build
 from vprune import kernels
-from vprune.recycling import RECYCLERS
+from vprune.amounts import RECYCLERS
 
 
 def shortened(patched: pytest.MonkeyPatch, by_kernels: bool, model: Any, inputs: Any, options: Any) -> tuple[Any, Any]:

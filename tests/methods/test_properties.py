@@ -19,10 +19,10 @@ from tests.exactness.test_families import generated, stepped
 from tests.exactness.test_laws import evidence
 from tests.exactness.test_stages import masked_by_stages
 from tests.methods.prefills import deep_vlm
+from vprune.amounts import RECYCLERS
 from vprune.baselines.staged import Staged
 from vprune.progressive import Progressive
 from vprune.pruner import load_method
-from vprune.recycling import RECYCLERS
 
 METHODS = [name for name in vprune.method_names() if name != "full"]
 OPTIONS: dict[str, dict[str, Any]] = {"relevance": {"tokens": 1}}  # it costs a backward pass for every token

@@ -90,9 +90,11 @@ def read_options(words: Sequence[str]) -> Options:
     Raises:
         VPruneError: an unknown key, or a value that is none of those allowed.
     """
-    from vprune.bench.architectures import ARCHITECTURES
+    values = read_words("model", words, MEANINGS, _CHOICES, ("repeats",))
+    if "model" in values:
+        from vprune.bench.architectures import ARCHITECTURES  # imports torch: other mistakes are told sooner
 
-    values = read_words("model", words, MEANINGS, {**_CHOICES, "model": tuple(ARCHITECTURES)}, ("repeats",))
+        read_words("model", [f"model={values['model']}"], MEANINGS, {"model": tuple(ARCHITECTURES)})
     if "minutes" in values:
         values["minutes"] = _number("minutes", values["minutes"], float)
     options = Options(**values)
@@ -130,9 +132,10 @@ def _number(key: str, text: str, kind: Callable[[str], Any]) -> Any:
 
 def main(words: Sequence[str]) -> int:
     """Measure, print and write after every cell; 1 if a cell failed its check."""
-    import torch
-
     options = read_options(words)
+
+    import torch  # takes seconds, and mistakes are told by now
+
     on_cuda = torch.cuda.is_available()
     device = torch.device(options.device or ("cuda" if on_cuda else "cpu"))
     if device.type == "cuda" and not on_cuda:
@@ -151,7 +154,8 @@ class ModelBench:
         import torch
 
         from vprune.bench.architectures import ARCHITECTURES, build, visual_tokens
-        from vprune.bench.passes import SIDES, Side
+        from vprune.bench.model_rows import SIDES
+        from vprune.bench.passes import Side
         from vprune.bench.timing import Clock
         from vprune.eval.environment import describe
 

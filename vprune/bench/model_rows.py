@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vprune.bench.passes import SIDES
+SIDES = ("unpruned", "pruned", "oracle")
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,6 @@ from vprune.bench.architectures import Prompt, as_short, bytes_of_row
 from vprune.bench.timing import Clock
 from vprune.models.anatomy import dissect
 
-SIDES = ("unpruned", "pruned", "oracle")
-
 
 @dataclass(frozen=True)
 class Prefilled:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from vprune.amounts import RECYCLERS
 from vprune.errors import VPruneError
 from vprune.records import Grid, Selection
 from vprune.recycling.absorb import Absorption, settle, spread_anchors
@@ -15,8 +16,6 @@ from vprune.recycling.rows import numbers_like
 from vprune.selection import Ranking, cell_of_token
 
 __all__ = [
-    "OWN_ROWS",
-    "RECYCLERS",
     "Absorption",
     "Recycler",
     "means_in_place",
@@ -25,10 +24,6 @@ __all__ = [
     "representatives",
     "settle",
 ]
-
-RECYCLERS = ("none", "grid", "nearest", "weighted", "anchors")
-OWN_ROWS = ("grid", "weighted", "anchors")
-"""Those that merge the rest into rows of its own, paid from the budget, and leave what was selected as it is."""
 
 
 @dataclass(frozen=True)

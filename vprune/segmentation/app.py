@@ -40,8 +40,9 @@ def main(argv: Sequence[str]) -> int:
         parser.error("the following arguments are required: IMAGE_OR_DIR")
     if bare := [word for word in arguments.overrides if "=" not in word]:
         raise VPruneError(_misplaced(bare, arguments.overrides))
-    config = configured(arguments.overrides)
-    return run(Path(arguments.image).expanduser(), config)
+    source = Path(arguments.image).expanduser()
+    images_in(source)
+    return run(source, configured(arguments.overrides))
 
 
 def _misplaced(bare: Sequence[str], words: Sequence[str]) -> str:
@@ -59,6 +60,7 @@ def configured(overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         VPruneError: one that does not compose.
     """
+    from vprune.amounts import checked_options
     from vprune.eval.overrides import compose_all
 
     # Phrases hold whatever people say; none of it is Hydra's.
@@ -71,6 +73,7 @@ def configured(overrides: Sequence[str]) -> dict[str, Any]:
         else:
             rest.append(word)
     config = compose_all(rest, primary="segment")[0].config
+    checked_options(keep=config["keep"])
     return config | {key: value or None for key, value in said.items() if value is not None and value != "null"}
 
 
@@ -80,14 +83,10 @@ def run(source: Path, config: Mapping[str, Any]) -> int:
     Raises:
         VPruneError: nothing to segment, a mistake in the configuration, an only image that cannot be read.
     """
-    from transformers.utils import logging
-
     from vprune.eval.benchmarks.images import check_image
     from vprune.eval.console import make_console
     from vprune.segmentation.segment import refuse_size
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     paths = images_in(source)
     if not source.is_dir():
         refuse_size(check_image(source), f"image {source}")
@@ -95,6 +94,11 @@ def run(source: Path, config: Mapping[str, Any]) -> int:
     name = source.resolve().stem if said is None else f"{source.resolve().stem}-{said}"
     out = Path(str(config["out"])).expanduser() if config["out"] else Path("runs") / "segment" / name
     folder = Results(out, source, config)
+
+    from transformers.utils import logging  # takes seconds, and mistakes are told by now
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     left = [path for path in paths if folder.name_of(path) not in folder.rows]
     console = make_console()
     failed: list[str] = []
@@ -197,7 +201,8 @@ def method_of(config: Mapping[str, Any]) -> Any:
         VPruneError: a value out of range.
     """
     from vprune.eval.settings import changes
-    from vprune.pruner import load_method, read_method
+    from vprune.method_files import read_method
+    from vprune.pruner import load_method
 
     method = config["method"]
     if method["name"] == "full":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from yaml import YAMLError
 
 from vprune.errors import VPruneError
+from vprune.training.named_values import values
 
 FILE, LOG = "checkpoint.pt", "log.jsonl"
 _ELSEWHERE = ("out", "device")  # where a run is done changes nothing of what it does
@@ -73,15 +74,6 @@ def _values_in(path: Path) -> dict[str, Any]:
         return dict(values(before))
     except (OSError, YAMLError, OmegaConfBaseException, AttributeError) as error:
         raise VPruneError(f"{path} cannot be read ({' '.join(str(error).split())}): give another out=") from error
-
-
-def values(config: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of a configuration, each with its name, as in `optimizer.lr`."""
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from values(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
 
 
 def save(

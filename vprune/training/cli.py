@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from vprune.errors import VPruneError
-from vprune.training.checkpoint import values
+from vprune.training.named_values import values
 
 _ABSENT = object()
 _WHOLE = ("batch_size", "evaluate_every", "label_batch", "limit", "log_every", "questions_per_image", "rounds", "steps")

@@ -51,19 +51,25 @@ def tune(overrides: Sequence[str] = ()) -> Path:
         >>> tune(["trials=5", "samples=2"])  # doctest: +SKIP
         PosixPath('runs/tune/embedded-vflowopt-0.1/vflowopt_tuned.yaml')
     """
-    from rich.progress import Progress
-
-    from vprune.eval.console import make_console
+    # What is wrong with the command is told before the search imports torch, which takes seconds.
+    from vprune.amounts import checked_options
     from vprune.eval.models import resolve
     from vprune.eval.overrides import compose_all
-    from vprune.models.anatomy import dissect
-    from vprune.models.masks import takes_bias
-    from vprune.training.tuner import LastTokenFlow, line, search, tunable, write_method
 
     config = compose_all(overrides, primary="tune")[0].config
     for key, least in (("samples", 1), ("trials", 1), ("seed", 0), ("batch_size", 1)):
         if isinstance(config[key], bool) or not isinstance(config[key], int) or config[key] < least:
             raise VPruneError(f"{key}={config[key]}: expected an integer >= {least}")
+    checked_options(config["keep"], config["recycle"], config["size_aware"])
+    resolve(config["model"]["path"])
+
+    from rich.progress import Progress
+
+    from vprune.eval.console import make_console
+    from vprune.models.anatomy import dissect
+    from vprune.models.masks import takes_bias
+    from vprune.training.tuner import LastTokenFlow, line, search, tunable, write_method
+
     method = {key: value for key, value in config["method"].items() if key not in ("name", "file")}
     name, source = config["method"]["name"], config["method"].get("file", config["method"]["name"])
     fixed = {key: config[key] for key in ("keep", "recycle", "size_aware") if config[key] is not None}
@@ -72,7 +78,6 @@ def tune(overrides: Sequence[str] = ()) -> Path:
     console = make_console()
     options = {**_changed(method, source), **fixed}
     own = tunable(source, options)  # told before a large model is loaded, not after
-    resolve(config["model"]["path"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -125,7 +130,7 @@ def _outcome(config: dict[str, Any], tried: Sequence[Trial], best: Trial, path: 
 def _changed(method: dict[str, Any], source: str) -> dict[str, Any]:
     """What overrides changed of the method's own configuration, as options of `load_method`."""
     from vprune.eval.settings import changes
-    from vprune.pruner import read_method
+    from vprune.method_files import read_method
 
     return dict(changes(method, read_method(source)))
 
