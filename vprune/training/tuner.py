@@ -15,13 +15,13 @@ import torch
 import yaml
 from torch import Tensor
 
+from vprune.amounts import RECYCLERS
 from vprune.attach import prune
 from vprune.errors import VPruneError
 from vprune.eval.models import LoadedModel
 from vprune.models.anatomy import dissect
 from vprune.progressive import Progressive
 from vprune.pruner import load_method
-from vprune.recycling import RECYCLERS
 
 _MOST_AT_FIRST = 2.8  # times the mean budget, so that something is left for the two other thirds
 _THRESHOLDS = (0.0, 150.0)
