@@ -39,7 +39,7 @@ from vprune.models.tower import TowerWatch
 from vprune.passage import Passage, cache_layer_masks
 from vprune.pruner import Pruner, Resize, load_method
 from vprune.records import PruneReport
-from vprune.replays import Replays, replayable
+from vprune.replays import Reads, Replays, replayable
 from vprune.scoring.vflow import VisualFlow
 
 _PRUNED: WeakSet[nn.Module] = WeakSet()  # models with hooks on, so that nesting can be refused
@@ -286,18 +286,24 @@ class Pruning:
         fits = fixed_size(cache_in(kwargs))
         own_masks = masks_of_model(kwargs, self._mask)
         read = {**kwargs, "attention_mask": callers_mask(kwargs, self._mask)}
-        prefill = read_prefill(self._anatomy, read, glance, self._tower.images, self.evidence)
-        self.evidence = None
-        self._passage = passage = Passage(self.pruner, prefill, own_masks)
+        images, evidence, self.evidence = self._tower.images, self.evidence, None
+
+        def described() -> Passage:
+            return Passage(self.pruner, read_prefill(self._anatomy, read, glance, images, evidence), own_masks)
+
         if self._replays is None:
-            embeds, short = passage.enter(0, prefill.hidden)
+            passage = described()
+            embeds, short = passage.enter(0, passage.prefill.hidden)
         else:
-            embeds, short = self._replays.enter(passage, glance, read["attention_mask"])
+            reads = Reads(self._anatomy, self.pruner, read, glance, list(images), own_masks)
+            passage, embeds, short = self._replays.begun(described, reads)
+        self._passage = passage
         self.last = passage.report()
         if not passage.ends_at_once or (short is not None and passage.masks_every_layer):
             self._watch_layers()
         if short is None:
             return kwargs
+        prefill = passage.prefill
         layer = logical(prefill.cache)
         valid = short.valid if short.padded else None
         rows = prefill.past.continued(prefill.stored, valid, short.bias, short.index.shape, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy
+from vprune.models.cache import cache_in, logical, stored_length
 from vprune.models.prefill import Glance
 from vprune.passage import Decided, Passage
 from vprune.pruner import Pruner
-from vprune.records import Prefill
+from vprune.records import Prefill, TowerImage
 from vprune.shortening import Shortening
 
 MOST = 16  # layouts remembered at a time
@@ -46,36 +47,36 @@ class Replays:
         self._pool: Any = None
         self._rows: Tensor | None = None  # the place that recordings read hidden rows from
 
-    def enter(self, passage: Passage, glance: Glance, mask: Tensor | None) -> tuple[Tensor, Shortening | None]:
-        """`passage.enter` before the first layer; `mask` [B, L] is the one that the decoder is given."""
-        hidden = passage.prefill.hidden
-        layout = layout_of(passage, glance, mask)
-        if layout is None:
-            return passage.enter(0, hidden)
-        if layout not in self._known:
+    def begun(self, passage: Callable[[], Passage], reads: Reads) -> tuple[Passage, Tensor, Shortening | None]:
+        """A prefill planned up to the first layer, and what that reads; `passage` describes one not replayed."""
+        layout = layout_of(reads)
+        known = self._known.get(layout)
+        if isinstance(known, Recording):
+            self._known.move_to_end(layout)
+            return known.replayed(reads)
+        new = passage()
+        if layout is None or isinstance(known, str):
+            return new, *new.enter(0, reads.hidden)
+        if layout in self._known:
+            self._known[layout] = made = self._recording(new, reads)
+            if isinstance(made, Recording):
+                return made.replayed(reads)
+        else:
             if len(self._known) >= MOST:
                 self._known.popitem(last=False)
             self._known[layout] = None
-            return passage.enter(0, hidden)
-        self._known.move_to_end(layout)
-        known = self._known[layout]
-        if known is None:
-            self._known[layout] = known = self._recording(passage)
-        if isinstance(known, str):
-            return passage.enter(0, hidden)
-        with passage.clock.running(hidden):
-            return known.replayed(passage)
+        return new, *new.enter(0, reads.hidden)
 
-    def _recording(self, passage: Passage) -> Recording | str:
+    def _recording(self, passage: Passage, reads: Reads) -> Recording | str:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else 0
-        hidden = passage.prefill.hidden
+        hidden = reads.hidden
         with torch.inference_mode(False):
             if self._rows is None or self._rows.dtype != hidden.dtype or self._rows.numel() < hidden.numel():
                 self._rows = torch.empty(hidden.numel(), dtype=hidden.dtype, device=hidden.device)
             rows = self._rows[: hidden.numel()].view_as(hidden)
             try:
-                return Recording(passage, rows, self._pool)
+                return Recording(passage, reads, rows, self._pool)
             except VPruneError:
                 raise
             except RuntimeError as error:
@@ -100,31 +101,36 @@ class Recording:
         RuntimeError: the work cannot be captured.
     """
 
-    def __init__(self, passage: Passage, rows: Tensor, pool: Any) -> None:
-        given = passage.prefill
-        self.rows, self.positions = rows, torch.empty_like(given.positions)
-        self._write(given)
-        # What it reads beside those is the same for each prompt of the layout; `valid` may be the caller's own mask.
-        own = replace(given, hidden=rows, positions=self.positions, valid=given.valid.clone(), cache=None)
-        self._reads = own.visual, own.valid, own.images, own.instruction_sent
-        self.plan, self._replay = recorded(partial(planned, passage.pruner, own), pool)
+    def __init__(self, passage: Passage, reads: Reads, rows: Tensor, pool: Any) -> None:
+        given, self.pruner = passage.prefill, passage.pruner
+        # What it reads beside rows and positions is the same for each prompt; `valid` may be the caller's own mask.
+        self.prefill = replace(
+            given, hidden=rows, positions=given.positions.clone(), valid=given.valid.clone(), cache=None, evidence=None
+        )
+        self._write(reads)
+        self.plan, self._replay = recorded(partial(planned, self.pruner, self.prefill), pool)
 
-    def _write(self, prefill: Prefill) -> None:
-        self.rows.copy_(prefill.hidden)
-        self.positions.copy_(prefill.positions)
+    def _write(self, reads: Reads) -> None:
+        self.prefill.hidden.copy_(reads.hidden)
+        if reads.positions is not None:
+            self.prefill.positions.copy_(reads.positions)
 
-    def replayed(self, passage: Passage) -> tuple[Tensor, Shortening | None]:
+    def replayed(self, reads: Reads) -> tuple[Passage, Tensor, Shortening | None]:
         """Plan a prefill of the layout."""
-        self._write(passage.prefill)
-        self._replay()
-        plan, packed = self.plan, self.plan.packed.copy()
-        passage.told_of(lambda: mapped(plan.decided, packed.taken))
-        if plan.short is None or plan.shorter is None:
-            return passage.prefill.hidden, None
-        short, positions, visual = (mapped(part, packed.taken) for part in (plan.short, plan.positions, plan.visual))
-        shorter = plan.shorter.clone()
-        passage.move_on(0, short, shorter, positions, visual)
-        return shorter, short
+        positions = self.prefill.positions if reads.positions is None else reads.positions
+        now = replace(self.prefill, hidden=reads.hidden, positions=positions, tower=reads.tower, cache=reads.cache)
+        passage = Passage(self.pruner, now, None)
+        with passage.clock.running(reads.hidden):
+            self._write(reads)
+            self._replay()
+            plan, packed = self.plan, self.plan.packed.copy()
+            passage.told_of(lambda: mapped(plan.decided, packed.taken))
+            if plan.short is None or plan.shorter is None:
+                return passage, reads.hidden, None
+            short, moved, visual = (mapped(part, packed.taken) for part in (plan.short, plan.positions, plan.visual))
+            shorter = plan.shorter.clone()
+            passage.move_on(0, short, shorter, moved, visual)
+        return passage, shorter, short
 
 
 @dataclass(frozen=True)
@@ -220,21 +226,51 @@ def replayable(pruner: Pruner) -> bool:
     )
 
 
-def layout_of(passage: Passage, glance: Glance, mask: Tensor | None) -> Hashable | None:
+@dataclass(frozen=True)
+class Reads:
+    """What a prefill is described from, see `read_prefill`: `kwargs` are the decoder's before its first layer."""
+
+    anatomy: Anatomy
+    pruner: Pruner
+    kwargs: Mapping[str, Any]
+    glance: Glance
+    tower: Sequence[TowerImage]
+    own_masks: dict[str, Any] | None
+
+    @property
+    def hidden(self) -> Tensor:
+        """The rows that the first layer is to read."""
+        rows: Tensor = self.kwargs["inputs_embeds"]
+        return rows
+
+    @property
+    def positions(self) -> Tensor | None:
+        """Their positions, None where they are counted."""
+        return self.kwargs.get("position_ids")
+
+    @property
+    def cache(self) -> Any:
+        """What keys and values will be stored in."""
+        return cache_in(self.kwargs)
+
+
+def layout_of(reads: Reads) -> Hashable | None:
     """All that tells a prefill from others but for its rows and positions; None where each is planned by itself."""
-    prefill, hidden = passage.prefill, passage.prefill.hidden
-    settled = prefill.stored or prefill.past.valid is not None or passage.own_masks is not None or prefill.deepstack
+    hidden, glance, cache, kwargs = reads.hidden, reads.glance, reads.cache, reads.kwargs
+    turned = stored_length(cache) or logical(cache) is not None
+    settled = turned or reads.own_masks is not None or kwargs.get("deepstack_visual_embeds")
     learning = torch.is_grad_enabled() and hidden.requires_grad
     breaks = glance.breaks
-    unforeseen = breaks is None and getattr(passage.anatomy.base, "image_newline", None) is not None
+    unforeseen = breaks is None and getattr(reads.anatomy.base, "image_newline", None) is not None
     if settled or learning or unforeseen or not recordable(hidden) or torch.is_autocast_enabled(hidden.device.type):
         return None
-    images = tuple((one.sample, one.image, one.grid, one.origin, one.picture, one.after) for one in prefill.images)
-    told = (glance.kinds_on_host, glance.facts_with(mask).valid, breaks)
+    told = (glance.kinds_on_host, glance.facts_with(kwargs.get("attention_mask")).valid, breaks)
+    positions = reads.positions
     return (
         *(None if one is None else one.numpy().tobytes() for one in told),
-        *(images, prefill.counts, hidden.shape, hidden.dtype, hidden.device, prefill.positions.shape),
-        *_weights(passage.anatomy, passage.pruner),
+        *(tuple((one.grid, one.call) for one in reads.tower), hidden.shape, hidden.dtype, hidden.device),
+        None if positions is None else (positions.shape, positions.dtype),
+        *_weights(reads.anatomy, reads.pruner),
     )
 
 

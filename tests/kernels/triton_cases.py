@@ -316,6 +316,7 @@ def test_compilers_see_through(compiler: str) -> None:
 
 def test_the_library_knows_the_operations() -> None:
     import vprune.kernels.triton_ops  # noqa: F401 - whose import registers them
+
     tokens, query, key, _, valid = path_inputs()
     index, (source, lengths, weights) = index_of(2, 63), groups_of(63)
     positions = torch.arange(63, device=DEVICE).expand(1, 2, -1)

@@ -33,6 +33,7 @@ def test_the_extra_keeps_the_parser_that_hydra_reads_overrides_with() -> None:
     extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["lmms"]
     assert "latex2sympy2==1.5.4" in extra  # 1.5.5 and later want antlr 4.7
     assert any(need.startswith("antlr4-python3-runtime==4.9") for need in extra)
+    assert "filelock<4.3" in extra  # lmms-eval imports filelock._api
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from inspect import signature
 from typing import Any, NoReturn
@@ -77,39 +77,65 @@ def capture(attention: nn.Module, *args: Any, **kwargs: Any) -> Captured:
 
 
 @contextmanager
-def _asked_for(attention: nn.Module, rows: Tensor, length: int) -> Iterator[None]:
-    """Within the block, queries of some rows only, LongTensor [B, R] of `length`, are computed (zeros elsewhere).
+def _keys_alone(attention: nn.Module, length: int) -> Iterator[None]:
+    """Within the block a layer that reads `length` rows computes no values, and of queries one head of zeros."""
 
-    And no values. Attention that does not project queries, keys and values each by itself is left as it is.
-    """
-    queries, _, values = parts = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")]
-    if rows.shape[1] >= length or not all(isinstance(part, nn.Module) for part in parts):
-        yield
-        return
-    assert queries is not None and values is not None
-
-    def index(hidden: Tensor) -> Tensor:
-        return rows.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
-
-    def few(module: nn.Module, args: Any) -> Any:
-        return (args[0].gather(1, index(args[0])),)
-
-    def spread(module: nn.Module, args: Any, made: Tensor) -> Tensor:
-        return made.new_zeros((made.shape[0], length, made.shape[-1])).scatter_(1, index(made), made)
-
-    def one(module: nn.Module, args: Any) -> Any:
+    def first(module: nn.Module, args: Any) -> Any:
         return (args[0][:, :1],)
+
+    def one_head(module: nn.Module, args: Any, made: Tensor) -> Tensor:
+        return made.new_zeros((made.shape[0], 1, width)).expand(-1, length, -1)
 
     def repeated(module: nn.Module, args: Any, made: Tensor) -> Tensor:
         return made.expand(-1, length, -1)
 
-    handles = [queries.register_forward_pre_hook(few), queries.register_forward_hook(spread)]
-    handles += [values.register_forward_pre_hook(one), values.register_forward_hook(repeated)]
+    parts: Any = attention
+    width: int = parts.head_dim
+    handles = [
+        handle
+        for part, answer in ((parts.q_proj, one_head), (parts.v_proj, repeated))
+        for handle in (part.register_forward_pre_hook(first), part.register_forward_hook(answer))
+    ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _separable(attention: Any) -> bool:
+    """True where queries, keys and values are projected each by itself, and normed, if at all, head by head."""
+    head, norm = getattr(attention, "head_dim", None), getattr(attention, "q_norm", None)
+    weight = getattr(norm, "weight", None)
+    return (
+        isinstance(head, int)
+        and all(isinstance(getattr(attention, name, None), nn.Module) for name in ("q_proj", "k_proj", "v_proj"))
+        and (norm is None or (weight is not None and weight.shape == (head,)))
+    )
+
+
+def _rows_of(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Rows LongTensor [B, R] of the last dimension but one of a tensor [..., 1 or B, N, D]."""
+    rows = rows.to(tensor.device)[..., None].expand(-1, -1, tensor.shape[-1])
+    whole = tensor.expand(*tensor.shape[:-3], rows.shape[0], -1, -1)
+    return whole.gather(-2, rows.expand(*whole.shape[:-2], -1, -1))
+
+
+def _some_queries(attention: nn.Module, hidden: Tensor, rope: Any, rows: Tensor, past: dict[str, Any]) -> Captured:
+    """`capture` with queries of some rows only, LongTensor [B, R]."""
+    length = hidden.shape[1]
+    given = {"attention_mask": None, "position_embeddings": rope}
+    if rows.shape[1] >= length or not _separable(attention) or not isinstance(rope, tuple):
+        caught = capture(attention, hidden_states=hidden, **given, **past)
+        index = rows.to(caught.query.device)[:, None, :, None].expand(
+            -1, caught.query.shape[1], -1, caught.query.shape[3]
+        )
+        return Captured(caught.query.gather(2, index), caught.key, caught.scale)
+    with _keys_alone(attention, length):
+        key = capture(attention, hidden_states=hidden, **given, **past).key
+    given["position_embeddings"] = tuple(_rows_of(one, rows) for one in rope)
+    few = capture(attention, hidden_states=_rows_of(hidden, rows), **given)
+    return Captured(few.query, key, few.scale)
 
 
 def layer_attention(prefill: Prefill, layer: int, rows: Tensor | None = None) -> Captured:
@@ -151,19 +177,14 @@ def layer_attention(prefill: Prefill, layer: int, rows: Tensor | None = None) ->
                         **cache_for(module, past),
                     )
                     hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        with nullcontext() if rows is None else _asked_for(chosen.self_attn, rows, hidden.shape[1]):
-            caught = capture(
-                chosen.self_attn,
-                hidden_states=chosen.input_layernorm(hidden),
-                position_embeddings=rope,
-                attention_mask=None,
-                **cache_for(chosen.self_attn, past),
-            )
+        normed, stored = chosen.input_layernorm(hidden), cache_for(chosen.self_attn, past)
+        if rows is None:
+            given = {"attention_mask": None, "position_embeddings": rope}
+            caught = capture(chosen.self_attn, hidden_states=normed, **given, **stored)
+        else:
+            caught = _some_queries(chosen.self_attn, normed, rope, rows, stored)
         device = prefill.hidden.device  # the layer may lie on another one
-        query = caught.query.to(device)
-        if rows is not None:
-            query = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-        return Captured(query, caught.key.to(device), caught.scale)
+        return Captured(caught.query.to(device), caught.key.to(device), caught.scale)
 
 
 def rotations(decoder: Any, layer: int, below: bool, hidden: Tensor, positions: Tensor) -> Any:
