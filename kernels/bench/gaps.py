@@ -24,7 +24,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import vprune
 from vprune.bench.architectures import ARCHITECTURES, build, make_prompt
-from vprune.bench.passes import SIDES, Side
+from vprune.bench.model_rows import SIDES
+from vprune.bench.passes import Side
 from vprune.bench.timing import Clock
 from vprune.models.anatomy import dissect
 
