@@ -45,15 +45,14 @@ def line(label: str, colour: str, file: str, method: str, dash: str = "", **opti
 
 def lines() -> list[Line]:
     """What is drawn."""
-    plain = {"recycle": "none"}
     return [
-        line("learned, budget=question", "#b8402a", "learned-question-cpu", "learned", "3 3"),
-        line("learned", "#d1495b", "methods-h100", "learned"),
-        line("restore", "#2a9d6f", "methods-h100", "restore"),
+        line("learned, budget=question", "#b8402a", "methods-h200", "learned", "3 3", budget="question"),
+        line("learned", "#d1495b", "methods-h200", "learned", budget=None),
+        line("restore", "#2a9d6f", "methods-h200", "restore"),
         line("attention_max, recycled", "#1b6ca8", "scenes-h200", "attention_max", "6 4", **RECYCLED),
-        line("fastv", "#8a5fbf", "methods-h100", "fastv"),
-        line("attention_max", "#1b6ca8", "scenes-h200", "attention_max", **plain),
-        line("random", "#7b8794", "scenes-h200", "random", **plain),
+        line("fastv", "#8a5fbf", "methods-h200", "fastv"),
+        line("attention_max", "#1b6ca8", "methods-h200", "attention_max"),
+        line("random", "#7b8794", "methods-h200", "random"),
     ]
 
 
@@ -69,8 +68,8 @@ def spread(wanted: Sequence[float]) -> list[float]:
 def drawn() -> str:
     """The figure."""
     found = lines()
-    (full,) = (row for row in recorded("scenes-h200") if row["method"] == "full")
-    tokens = sorted({point[0] for point in line("", "", "methods-h100", "learned").points})
+    (full,) = (row for row in recorded("methods-h200") if row["method"] == "full")
+    tokens = sorted({point[0] for point in line("", "", "methods-h200", "learned", budget=None).points})
     low, high = math.log(tokens[0]) - 0.15, math.log(tokens[-1]) + 0.15
 
     def at(count: float, accuracy: float) -> tuple[float, float]:

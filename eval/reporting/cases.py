@@ -30,12 +30,14 @@ _QUOTA = {"disagree": 4, "lost": 3, "gained": 3, "held": 2}
 def choose(section: Section, count: int, has_map: Callable[[Entry], bool]) -> list[Case]:
     """Up to `count` cases, each sample once, spread over reasons, runs and kinds of questions.
 
-    Runs that score tokens come first, since they have a heat map to show; a lone method without one is shown, too.
+    Runs that score tokens come first, since they have a heat map to show, and among those the ones that read no
+    annotation; where there are none, the others are shown.
     """
     full = section.full
     if full is None or not section.pruned or count < 1:
         return []
-    shown = [entry for entry in section.pruned if has_map(entry)] or section.pruned
+    scored = [entry for entry in section.pruned if has_map(entry)]
+    shown = [entry for entry in scored if not entry.needs_annotation] or scored or section.pruned
     pools: dict[str, list[tuple[str, Entry]]] = {reason: [] for reason in _QUOTA}
     for entry in shown:
         rivals = [other for other in section.pruned if other.budget == entry.budget and other is not entry]
@@ -72,12 +74,17 @@ def _reason(full: Entry, entry: Entry, rivals: list[Entry], sample_id: str) -> s
 
 
 def _take(cases: list[Case], pool: list[tuple[str, Entry]], reason: str, count: int, section: Section) -> None:
-    """Move up to `count` cases from the pool: always of the kind, then from the run, shown least so far."""
+    """Move up to `count` cases from the pool: always of the kind, then of the method and the run, shown least so far.
+
+    Of equals that of the most accurate run: what the best methods lose tells more than what any method loses.
+    """
     taken = {case.sample_id for case in cases}
     for _ in range(count):
+        methods: dict[str, int] = {}
         runs: dict[str, int] = {}
         kinds: dict[str, int] = {}
         for case in cases:
+            methods[case.entry.method] = methods.get(case.entry.method, 0) + 1
             runs[case.entry.name] = runs.get(case.entry.name, 0) + 1
             kind = str(case.entry.answers[case.sample_id]["kind"])
             kinds[kind] = kinds.get(kind, 0) + 1
@@ -88,7 +95,9 @@ def _take(cases: list[Case], pool: list[tuple[str, Entry]], reason: str, count: 
             left,
             key=lambda one: (
                 kinds.get(str(one[1].answers[one[0]]["kind"]), 0),
+                methods.get(one[1].method, 0),
                 runs.get(one[1].name, 0),
+                -one[1].accuracy,
                 one[0],
                 one[1].name,
             ),

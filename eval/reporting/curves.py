@@ -1,9 +1,9 @@
-"""Accuracy over budget as one SVG: a line per method, labelled at its end, readable without colour."""
+"""Accuracy over budget or over time as one SVG: a line per method, labelled at its end, readable without colour."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -66,42 +66,80 @@ class Curves:
     y_ticks: tuple[tuple[float, str], ...]
     series: tuple[Series, ...]
     lines: tuple[Line, ...]
+    title: str
+    x_title: str
     width: float = WIDTH
 
 
 def colours(methods: Sequence[str]) -> dict[str, str]:
-    """A colour class for every method, the same in all sections; random, the floor, is grey."""
-    coloured = [method for method in sorted(set(methods)) if method not in ("full", "random")]
+    """A colour class for every method, the same in all sections; random, the floor, is grey.
+
+    Neighbours in `methods` get colours of their own: give the strongest first, and their lines are told apart best.
+    """
+    coloured = [method for method in dict.fromkeys(methods) if method not in ("full", "random")]
     return {method: f"c{index % COLOURS}" for index, method in enumerate(coloured)} | {"random": "floor", "full": "ink"}
 
 
-def curves(section: Section, colour: Mapping[str, str], blank_accuracy: float | None = None) -> Curves | None:
-    """The section's picture: the budget shrinks to the right on a logarithmic axis; None if nothing was pruned.
+@dataclass(frozen=True)
+class _Axis:
+    """What lies along the picture: a value of every run, its name and how ticks say it."""
 
-    `blank_accuracy` is the full model's with every image blanked: what the language alone knows.
+    of: Callable[[Entry], float]
+    title: str
+    x_title: str
+    tick: Callable[[float], str]
+
+
+_AXES = {
+    "share": _Axis(
+        lambda entry: entry.share,
+        "Accuracy of every method over the part of the visual tokens that is kept",
+        "visual tokens left",
+        lambda share: f"{100 * share:.0f}%" if share >= 0.015 else f"{100 * share:.1g}%",
+    ),
+    "seconds": _Axis(
+        lambda entry: entry.seconds or 0.0,
+        "Accuracy of every method over the seconds that its run took",
+        "seconds of the whole run",
+        lambda seconds: f"{seconds:.3g}",
+    ),
+}
+
+
+def curves(
+    section: Section, colour: Mapping[str, str], blank_accuracy: float | None = None, over: str = "share"
+) -> Curves | None:
+    """The section's picture: budget or time (`over`) shrinks to the right on a logarithmic axis.
+
+    None if nothing can be drawn, since nothing was pruned or the time of a run is not known. `blank_accuracy` is the
+    full model's with every image blanked: what the language alone knows.
     """
+    axis = _AXES[over]
     groups: dict[str, list[Entry]] = {}
     for entry in section.pruned:
         groups.setdefault(entry.label, []).append(entry)
-    if not groups:
+    if not groups or not all(axis.of(entry) > 0 for entry in section.entries):
         return None
     references = [(section.full.accuracy, "full model, all tokens", "full")] if section.full else []
     references += [(blank_accuracy, "full model, image blanked", "blank")] if blank_accuracy is not None else []
     texts = [f"{name}: {100 * value:.1f}%" for value, name, _ in references]
-    frame = _Frame.around(section, [value for value, _, _ in references], [*groups, *texts])
-    ends = [min(group, key=lambda entry: entry.share).accuracy for group in groups.values()]
+    frame = _Frame.around(section, axis, [value for value, _, _ in references], [*groups, *texts])
+    ends = [min(group, key=axis.of).accuracy for group in groups.values()]
     label_ys = _spread(
         [frame.y(value) for value in [*ends, *(value for value, _, _ in references)]], TOP + 4, frame.bottom
     )
 
     # The plain method has the solid line; a variant is dashed alike in all methods.
     variants = sorted({entry.variant for entry in section.pruned})
-    methods = sorted({entry.method for entry in section.pruned} - {"random"})
+    methods = [method for method in colour if method not in ("full", "random")]
     series = []
     for (label, group), label_y in zip(groups.items(), label_ys, strict=False):
         method = group[0].method
-        ordered = sorted(group, key=lambda entry: -entry.share)
-        spoken = "; ".join(f"{entry.budget} kept, {100 * entry.accuracy:.1f}% right" for entry in ordered)
+        ordered = sorted(group, key=lambda entry: -axis.of(entry))
+        time = {entry.name: f" in {entry.seconds:.3g} s" if over == "seconds" else "" for entry in ordered}
+        spoken = "; ".join(
+            f"{entry.budget} kept, {100 * entry.accuracy:.1f}% right{time[entry.name]}" for entry in ordered
+        )
         series.append(
             Series(
                 label,
@@ -127,12 +165,16 @@ def curves(section: Section, colour: Mapping[str, str], blank_accuracy: float | 
         y_ticks=tuple((frame.y(value), f"{100 * value:.0f}%") for value in _steps(frame.low, frame.high, frame.step)),
         series=tuple(series),
         lines=tuple(lines),
+        title=axis.title,
+        x_title=axis.x_title,
     )
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where budgets and accuracies lie in the picture."""
+    """Where budgets (or times) and accuracies lie in the picture."""
+
+    axis: _Axis
 
     right: float
     bottom: float
@@ -143,23 +185,20 @@ class _Frame:
     narrowest: float
 
     @classmethod
-    def around(cls, section: Section, accuracies: Sequence[float], labels: Sequence[str]) -> _Frame:
+    def around(cls, section: Section, axis: _Axis, accuracies: Sequence[float], labels: Sequence[str]) -> _Frame:
         """The frame that holds the section's runs with their error bars, and has room for the labels beside it."""
         right = WIDTH - min(0.42 * WIDTH, LABEL_GAP + LETTER * max(map(len, labels)))
         bottom = max(400.0, TOP + LABEL_HEIGHT * len(labels) + 12)
         ends = [entry.accuracy + sign * entry.stderr for entry in section.pruned for sign in (-1, 1)]
-        shares = [entry.share for entry in section.entries]
-        widest, narrowest = max(shares), min(shares)
+        values = [axis.of(entry) for entry in section.entries]
+        widest, narrowest = max(values), min(values)
         if widest / narrowest < 1.01:
-            widest, narrowest = min(1.0, 2 * widest), narrowest / 2
-        return cls(right, bottom, *_range([*ends, *accuracies]), widest, narrowest)
+            widest, narrowest = min(1.0, 2 * widest) if widest <= 1 else 2 * widest, narrowest / 2
+        return cls(axis, right, bottom, *_range([*ends, *accuracies]), widest, narrowest)
 
-    def x(self, share: float) -> float:
-        return (
-            LEFT
-            + 14
-            + (self.right - LEFT - 28) * math.log(self.widest / share) / math.log(self.widest / self.narrowest)
-        )
+    def x(self, value: float) -> float:
+        along = math.log(self.widest / value) / math.log(self.widest / self.narrowest)
+        return LEFT + 14 + (self.right - LEFT - 28) * along
 
     def y(self, accuracy: float) -> float:
         return self.bottom - (self.bottom - TOP) * (accuracy - self.low) / (self.high - self.low)
@@ -167,15 +206,15 @@ class _Frame:
     def point(self, entry: Entry) -> Point:
         text = f"{entry.label}, {entry.budget} kept: {100 * entry.accuracy:.1f}% right"
         low, high = self.y(entry.accuracy - entry.stderr), self.y(entry.accuracy + entry.stderr)
-        return Point(self.x(entry.share), self.y(entry.accuracy), low, high, text)
+        return Point(self.x(self.axis.of(entry)), self.y(entry.accuracy), low, high, text)
 
 
 def _x_ticks(section: Section, frame: _Frame) -> tuple[tuple[float, str], ...]:
     ticks: list[tuple[float, str]] = []
-    for share in sorted({entry.share for entry in section.entries}, reverse=True):
-        x = frame.x(share)
+    for value in sorted({frame.axis.of(entry) for entry in section.entries}, reverse=True):
+        x = frame.x(value)
         if not ticks or x - ticks[-1][0] > 34:
-            ticks.append((x, f"{100 * share:.0f}%" if share >= 0.015 else f"{100 * share:.1g}%"))
+            ticks.append((x, frame.axis.tick(value)))
     return tuple(ticks)
 
 

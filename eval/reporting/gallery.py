@@ -128,7 +128,7 @@ def _card(section: Section, case: Case, sample: Sample, benchmark: Benchmark, lo
         picture=data_uri(image),
         drawn=data_uri(drawn, max_side=2 * MAX_SIDE),
         drawn_shape=(drawn.width, drawn.height),
-        described=report.describe(),
+        described=report.describe().removeprefix("sample 0, image 0: "),
         has_map=any(one.importance is not None for one in report),
         tokens=f"{after} of {before} tokens",
         full=_answer(full, case.sample_id, "full model"),

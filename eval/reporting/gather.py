@@ -157,6 +157,8 @@ def _entry(run: Run, members: Sequence[Run], full: Run | None, folder: Path) -> 
         seconds=metrics.get("seconds"),
         by_kind=dict(metrics.get("accuracy_by_kind") or {}),
         needs_annotation=_needs_annotation(metrics["method"]),
+        kind_errors=dict(metrics.get("accuracy_stderr_by_kind") or {}),
+        overhead=_mapping(metrics.get("seconds_split")).get("prune"),
     )
 
 

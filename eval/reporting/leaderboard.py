@@ -7,10 +7,19 @@ from itertools import groupby
 from statistics import fmean
 from typing import Any
 
+from vprune.eval.reporting import rivals
 from vprune.eval.reporting.means import comparisons, table
 from vprune.eval.reporting.sections import Entry, Gathered, Section
 
 _NAMED = 3  # runs that a sentence names; more of them it counts
+
+# What the columns mean; said on the page and in Markdown.
+COUNTED = (
+    "Tokens are those that a layer of the decoder reads, in the mean over layers and questions, merged ones included. "
+    "Seconds are those of a whole run, pruning included, which also stands alone. Retention is the score divided by "
+    "the full model's on the same questions; over several benchmarks the field gives the mean of these quotients. "
+    "Errors are one standard error of the mean."
+)
 
 
 def rows(gathered: Gathered) -> list[dict[str, Any]]:
@@ -28,7 +37,9 @@ def _row(section: Section, entry: Entry) -> dict[str, Any]:
         "retention_caveat": section.caveat(entry) or None,
         "tokens_after": entry.tokens_after,
         "seconds": entry.seconds,
+        "seconds_pruning": entry.overhead,
         "by_kind": entry.by_kind,
+        "by_kind_stderr": entry.kind_errors,
         "variant": entry.variant,
         "recycle": entry.option("recycle"),
         "size_aware": entry.option("size_aware"),
@@ -61,6 +72,7 @@ def summary(section: Section) -> list[str]:
     if annotated:
         verb = "reads" if len(annotated) == 1 else "read"
         sentences.append(f"{_listed(annotated)} {verb} the annotation: the ceiling, left out of this comparison.")
+    sentences += filter(None, [rivals.verdict(section)])
     return sentences + caveats(section)
 
 
@@ -110,6 +122,9 @@ def markdown(gathered: Gathered) -> str:
         parts += [
             *_pivot(section),
             "",
+            *_rivals(section),
+            " ".join(filter(None, [COUNTED, section.timing])),
+            "",
             "<details><summary>Every run</summary>",
             "",
             *_every_run(section),
@@ -152,8 +167,15 @@ def _pivot(section: Section) -> list[str]:
     return table
 
 
+def _rivals(section: Section) -> list[str]:
+    titles, lines = rivals.table(section)
+    if not lines:
+        return []
+    return [f"Where another run is ahead of `{rivals.DEFAULT}`:", "", *_markdown_table(titles, lines), ""]
+
+
 def _every_run(section: Section) -> list[str]:
-    titles = ["method", "keep", "tokens", "accuracy", "retention", "seconds", *section.kinds]
+    titles = ["method", "keep", "tokens", "accuracy", "retention", "seconds", "of it pruning", *section.kinds]
     lines = [
         [
             entry.label,
@@ -161,7 +183,7 @@ def _every_run(section: Section) -> list[str]:
             f"{entry.tokens_after:.1f}",
             f"{_percent(entry.accuracy)} ± {100 * entry.stderr:.1f}",
             _percent(entry.retention) or "none",
-            "" if entry.seconds is None else f"{entry.seconds:.1f}",
+            *("" if seconds is None else f"{seconds:.1f}" for seconds in (entry.seconds, entry.overhead)),
             *(_percent(entry.by_kind.get(kind)) for kind in section.kinds),
         ]
         for entry in section.entries

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 import vprune
+from vprune.eval.reporting import rivals
 from vprune.eval.reporting.curves import colours, curves
 from vprune.eval.reporting.gallery import Gallery
-from vprune.eval.reporting.leaderboard import summary
+from vprune.eval.reporting.leaderboard import COUNTED, summary
 from vprune.eval.reporting.means import comparisons
 from vprune.eval.reporting.sections import Entry, Gathered, Section
 
@@ -28,7 +30,7 @@ def page(gathered: Gathered, galleries: Sequence[Gallery]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    colour = colours([entry.method for section in gathered.sections for entry in section.entries])
+    colour = colours(_by_strength([entry for section in gathered.sections for entry in section.entries]))
     sections = [
         _section(f"task-{number}", section, gallery, colour, _blank_accuracy(section, gathered.sections))
         for number, (section, gallery) in enumerate(zip(gathered.sections, galleries, strict=True), start=1)
@@ -36,12 +38,21 @@ def page(gathered: Gathered, galleries: Sequence[Gallery]) -> str:
     return environment.get_template("page.html.jinja").render(
         sections=sections,
         comparisons=comparisons(gathered),
+        counted=COUNTED,
         colour=colour,
         unfinished=gathered.unfinished,
         broken=gathered.broken,
         version=vprune.__version__,
         written=time.strftime("%d %B %Y, %H:%M"),
     )
+
+
+def _by_strength(entries: Sequence[Entry]) -> list[str]:
+    """The methods, that of the best mean accuracy first."""
+    accuracies: dict[str, list[float]] = {}
+    for entry in entries:
+        accuracies.setdefault(entry.method, []).append(entry.accuracy)
+    return sorted(accuracies, key=lambda method: (-fmean(accuracies[method]), method))
 
 
 def _section(
@@ -60,6 +71,11 @@ def _section(
         "summary": sentences,
         "tiles": _tiles(section),
         "curves": curves(section, colour, blank),
+        "times": None if section.timing else curves(section, colour, blank, over="seconds"),
+        "timing": section.timing,
+        "rivals": rivals.leads(section),
+        "default": rivals.DEFAULT,
+        "kind_error": max((error for entry in section.entries for error in entry.kind_errors.values()), default=None),
         "annotated": ", ".join(sorted({entry.method for entry in section.entries if entry.needs_annotation})),
         "board": [
             _row(section, entry, colour) | {"opens_budget": before.budget != entry.budget}
@@ -89,6 +105,7 @@ def _row(section: Section, entry: Entry, colour: dict[str, str]) -> dict[str, An
         "retention": entry.retention,
         "caveat": section.caveat(entry),
         "seconds": entry.seconds,
+        "overhead": entry.overhead,
         "cells": [entry.accuracy, *(entry.by_kind.get(kind) for kind in section.kinds)],
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -24,6 +25,7 @@ class Entry:
     `keep` is the budget that was asked for (a fraction, or tokens per image if an int), `share` the one measured:
     `tokens_after / tokens_before`, means over the samples. `retention` is accuracy / accuracy of the full model on the
     same samples, None without such a run. `variant` names the options that tell it from other runs of its method.
+    `overhead`: how many of the seconds went into pruning itself.
     """
 
     run: Run
@@ -39,6 +41,8 @@ class Entry:
     seconds: float | None
     by_kind: dict[str, float]
     needs_annotation: bool
+    kind_errors: dict[str, float]
+    overhead: float | None
 
     @property
     def is_full(self) -> bool:
@@ -75,6 +79,18 @@ class Entry:
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
+
+    @property
+    def spans(self) -> list[tuple[float, float]]:
+        """From when to when it was run, in seconds since the epoch, one pair for every time that it was resumed."""
+        found = []
+        for session in self.environment.get("sessions") or []:
+            try:
+                begun = datetime.strptime(str(session["started"]), "%Y-%m-%dT%H:%M:%S%z").timestamp()
+                found.append((begun, begun + float(session["seconds"]["total"])))
+            except (KeyError, TypeError, ValueError):
+                continue
+        return found
 
     @property
     def commit(self) -> str:
@@ -139,6 +155,19 @@ class Section:
             return self.nearest or "there is no full run beside them (method=full with the same out=)"
         if full is not None and entry.commit and full.commit and entry.commit != full.commit:
             return f"the full run is of commit {full.commit}, not of {entry.commit}"
+        return ""
+
+    @cached_property
+    def at_once(self) -> int:
+        """How many of the runs went on at the same time, at most; their starts are known to the second."""
+        spans = [(begun, max(begun, ended - 1)) for entry in self.entries for begun, ended in entry.spans]
+        return max((sum(begun <= moment < ended for begun, ended in spans) for moment, _ in spans), default=1)
+
+    @property
+    def timing(self) -> str:
+        """Why the seconds of these runs do not compare; empty if nothing speaks against it."""
+        if self.at_once > 1:
+            return f"Up to {self.at_once} of these runs went on at the same time, so their seconds do not compare."
         return ""
 
     @property

@@ -51,8 +51,10 @@ def _surroundings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differing(mine: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What others have otherwise; an option that was not given (None) is the plain case and goes without saying."""
     found = list(others)
-    return [_word(key, value) for key, value in mine.items() if any(other.get(key) != value for other in found)]
+    told = [(key, value) for key, value in mine.items() if value is not None]
+    return [_word(key, value) for key, value in told if any(other.get(key) != value for other in found)]
 
 
 def _word(key: str, value: Any) -> str:

@@ -16,7 +16,7 @@ from vprune.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = ("quickstart", "add_a_method", "choose_a_budget", "reproduce_a_table", "faq")
+PAGES = ("quickstart", "add_a_method", "choose_a_budget", "reproduce_a_table", "faq", "leaderboard", "ablation")
 
 _BLOCK = re.compile(r"(?:<!-- file: (?P<file>\S+) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from typing import Any
 from xml.etree import ElementTree
 
@@ -13,6 +11,7 @@ import pytest
 
 import vprune
 from tests.docs.pages import ROOT
+from tests.docs.scripts import script
 
 FIRST_SCREEN = 40  # lines, most of them one on a screen
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,15 +41,19 @@ def rows() -> list[tuple[str, list[str]]]:
 @pytest.mark.parametrize(("label", "cells"), rows())
 def test_the_tables_are_those_of_the_recorded_runs(label: str, cells: list[str]) -> None:
     method = (re.search(r"\(`(\w+)`", label) or ["", label.split()[0]])[1]
-    plain = [
-        row
-        for file in ("scenes-h200", "methods-h100")
-        for row in recorded(file)
-        if row["method"] == method and row.get("recycle") in (None, "none")
-    ]
+    plain = [row for row in recorded("methods-h200") if row["method"] == method and row["budget"] is None]
     for keep, cell in zip((1.0, *KEEPS), cells, strict=True):
         told = {f"{100 * row['accuracy']:.1f}" for row in plain if row["keep"] == keep}
         assert cell in told or (not cell and not (told and keep != 1.0))
+
+
+def test_the_row_of_a_budget_a_question_is_recorded() -> None:
+    runs = {row["keep"]: row for row in recorded("methods-h200") if row["budget"] == "question"}
+    row = r"^\| \*\*the same, `budget=question`\*\* \(in the mean (.*?) tokens\) \|(.*)\|$"
+    ((tokens, cells),) = re.findall(row, README, re.M)
+    found = [runs[keep] for keep in (0.1, 0.05)]
+    assert tokens == " and ".join(f"{run['tokens_after']:.1f}" for run in found)
+    assert [cell.strip(" *") for cell in cells.split("|")[3:]] == [f"{100 * run['accuracy']:.1f}" for run in found]
 
 
 def test_there_are_tables() -> None:
@@ -59,17 +62,9 @@ def test_there_are_tables() -> None:
 
 
 def test_the_accuracy_figure_is_drawn_from_the_recorded_runs() -> None:
-    path = ROOT / "assets" / "draw_accuracy.py"
-    spec = importlib.util.spec_from_file_location("draw_accuracy", path)
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    sys.modules["draw_accuracy"] = script
-    try:
-        spec.loader.exec_module(script)
-        drawn = script.drawn()
-        assert script.FIGURE.read_text(encoding="utf-8") == drawn, "run python assets/draw_accuracy.py"
-    finally:
-        del sys.modules["draw_accuracy"]
+    with script("draw_accuracy") as drawing:
+        drawn = drawing.drawn()
+        assert drawing.FIGURE.read_text(encoding="utf-8") == drawn, "run python assets/draw_accuracy.py"
     assert ElementTree.fromstring(drawn).tag.endswith("svg")
     assert "learned: 88.1%" in drawn and "full model, 576 tokens: 99.8%" in drawn
 

@@ -64,7 +64,7 @@ def test_the_page_can_be_read_without_eyes_and_mouse(text: str) -> None:
     assert all("scope" in attributes for attributes in page.all("th"))
     assert all(attributes.get("alt") for attributes in page.all("img"))
     series = [attributes for attributes in page.all("g") if attributes.get("class", "").startswith("series")]
-    assert len(series) == 3
+    assert len(series) == 3 + 3  # over budget and over time
     assert all(attributes["tabindex"] == "0" and "% right" in attributes["aria-label"] for attributes in series)
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -83,7 +83,7 @@ def test_headings_of_two_sections_are_never_the_same(tmp_path: Path) -> None:
         write_sweep_of_two(tmp_path / name, more)
     text = report(tmp_path, gallery=0).read_text(encoding="utf-8")
     headings = [re.sub(r"<[^>]+>", "", one) for one in re.findall(r"<h[23][^>]*>(.*?)</h[23]>", text)]
-    assert len(headings) == len(set(headings)) == 4 * 5
+    assert len(headings) == len(set(headings)) == 4 * 6
     assert "embedded on scenes 40 questions, model files fedcba98, set " in " ".join(headings)
     titles = [line for line in (tmp_path / "leaderboard.md").read_text().splitlines() if line.startswith("## ")]
     assert len(titles) == len(set(titles)) == 4

@@ -14,7 +14,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const order = before === null ? first : before === "ascending" ? "descending" : "ascending";
       const sign = order === "ascending" ? 1 : -1;
       const value = (row) => row.cells[column].dataset.value;
-      const text = column === 0;
+      const text = column === 0 || title.dataset.kind === "text";
       const rows = [...body.rows].sort((a, b) =>
         sign * (text ? value(a).localeCompare(value(b), "en", { numeric: true }) : value(a) - value(b)));
       body.append(...rows);
