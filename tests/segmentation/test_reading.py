@@ -12,6 +12,7 @@ from torch import Tensor
 import vprune
 from tests.exactness.prompts import batch
 from vprune import VPruneError
+from vprune.models.anatomy import dissect
 from vprune.pruner import load_method
 from vprune.segmentation.maps import Flow, LocalisationHeads, MeanAttention, Rollout, entropy_of_parts, span
 from vprune.segmentation.reading import read
@@ -100,6 +101,22 @@ def test_a_gpu_reads_the_same_maps(prompt: Any, extractor: Any) -> None:
     there = {name: part.to("cuda") for name, part in inputs.items()}
     maps = read(deepcopy(model).to("cuda"), there, rows, extractor).maps  # (others use the model, too)
     torch.testing.assert_close(maps.cpu(), wanted, atol=1e-4, rtol=1e-3)
+
+
+def test_a_pass_ends_with_the_last_layer_that_is_looked_at(prompt: Any) -> None:
+    model, inputs, true, rows = prompt
+    ran: list[int] = []
+    layers = dissect(model).layers
+    handles = [
+        layer.register_forward_hook(lambda *_, number=number: ran.append(number)) for number, layer in enumerate(layers)
+    ]
+    half = MeanAttention(last=0.5)
+    maps = read(model, inputs, rows, half).maps
+    for handle in handles:
+        handle.remove()
+    looked_at = range(max(1, round(len(layers) / 2)))
+    assert ran == [*looked_at[:-1]]
+    torch.testing.assert_close(maps, true[list(looked_at)][:, :, rows].mean((0, 1)), atol=2e-5, rtol=1e-4)
 
 
 def test_reading_leaves_the_model_as_it_was(prompt: Any) -> None:

@@ -55,8 +55,6 @@ class _Mean:
         self.total: Tensor | None = None
 
     def layer(self, number: int, attention: LayerAttention) -> None:
-        if number not in self.layers:
-            return
         rows = attention.rows(self.rows)
         if self.weighted:
             rows = rows * mean_max(attention)[:, None, None]
@@ -104,8 +102,6 @@ class _Flow:
         self.total: Tensor | None = None
 
     def layer(self, number: int, attention: LayerAttention) -> None:
-        if number not in self.layers:
-            return
         mean = _weighted_mean(attention, self.flow.weighted)
         tokens = mean.shape[0]
         mean.diagonal().add_(1)
@@ -158,8 +154,6 @@ class _Rollout:
         self.total: Tensor | None = None
 
     def layer(self, number: int, attention: LayerAttention) -> None:
-        if number not in self.layers:
-            return
         mixed: Tensor | None = None
         weights = 0.0
         largest = max(float(attention.head(h)[:, self.visual].max()) for h in range(attention.heads))
@@ -198,12 +192,13 @@ class LocalisationHeads:
 
     def begin(self, layers: int, visual: Tensor, rows: Tensor) -> _Heads:
         """See `Extractor`."""
-        return _Heads(self.top, visual, rows)
+        return _Heads(self.top, range(layers), visual, rows)
 
 
 @dataclass
 class _Heads:
     top: int
+    layers: range
     visual: Tensor
     rows: Tensor
     seen: list[Tensor] = field(default_factory=list)

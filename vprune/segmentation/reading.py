@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,7 +65,9 @@ class LayerAttention:
 
 
 class Stream(Protocol):
-    """What becomes of the attention of the layers, first to last."""
+    """What becomes of the attention of the layers, first to last; only those in `layers` are looked at."""
+
+    layers: range
 
     def layer(self, number: int, attention: LayerAttention) -> None:
         """Take in the attention of one layer."""
@@ -106,6 +108,10 @@ class Reading:
         return spread.reshape(len(own), *seen.grid)
 
 
+class _Enough(Exception):  # noqa: N818 - a signal that is always caught, no error
+    """All that an extractor looks at has been seen."""
+
+
 class _Whole(Pruner):
     """A method that prunes nothing and yet is shown every prompt before the decoder runs."""
 
@@ -121,7 +127,8 @@ def read(
     """Run `model` once over one prompt and make maps of what its rows attend to.
 
     Nothing of size N x N is kept over layers unless the extractor keeps it: each layer's queries and keys are captured
-    as they are computed (whatever the attention backend), shown to the extractor and let go.
+    as they are computed (whatever the attention backend), shown to the extractor and let go. The pass ends before the
+    last layer that the extractor looks at has done its work.
 
     Args:
         model: a vision-language model.
@@ -142,7 +149,7 @@ def read(
     if any(layer for layer, _ in pruning.pruner.schedule):
         raise VPruneError("maps need a method that prunes before the first layer only, and leave stages at null")
     watch = _Watch(pruning, anatomy, ids.shape[1], torch.tensor(list(rows)), extractor)
-    with pruning, watch.hooked():
+    with pruning, watch.hooked(), suppress(_Enough):
         model(**inputs, use_cache=False)
     if watch.stream is None:
         raise VPruneError("this prompt holds no image: maps are of what is attended to in one")
@@ -159,6 +166,7 @@ class _Watch:
         self.images: list[SeenImage] = []
         self.tokens = length
         self._probing = False
+        self._whole = hasattr(pruning._model, "hf_device_map")  # what offloads weights waits for the end of each module
         own = copy.copy(pruning.pruner)
         score = own.score
 
@@ -191,15 +199,20 @@ class _Watch:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._probing or self.prefill is None:
                 return
+            if self.stream is None:
+                hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+                self._begin(hidden.shape[1], hidden.device)
+            assert self.stream is not None
+            if number not in self.stream.layers:
+                return
             self._probing = True
             try:
                 caught = capture(module, *args, **kwargs)
             finally:
                 self._probing = False
-            if self.stream is None:
-                self._begin(caught.query.shape[2], caught.query.device)
-            assert self.stream is not None
             self.stream.layer(number, self._attention(number, caught, kwargs.get("attention_mask")))
+            if number == self.stream.layers[-1] and not self._whole:
+                raise _Enough
 
         return hook
 
