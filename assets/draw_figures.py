@@ -25,7 +25,7 @@ def main() -> None:
     content = [{"type": "image"}, {"type": "text", "text": sample["question"]}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(images=image, text=prompt, return_tensors="pt").to(dtype=model.dtype)
-    with vprune.prune(model, method="attention_max", keep=0.1, recycle="grid", size_aware=True) as pruning:
+    with vprune.prune(model, method="learned", keep=0.1) as pruning:  # as in the snippet below the picture
         answer = model.generate(**inputs, max_new_tokens=32)
     said = processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     print(sample["question"], "->", said, "| expected:", sample["answer"])

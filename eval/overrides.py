@@ -79,7 +79,9 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
             if key in _PATHS and value:  # a folder's name may hold signs that Hydra's grammar wants quoted
                 parsed += parser.parse_overrides([f"{key}={_quoted(value)}"])
                 continue
-            remedy = "put quotes around a value with blanks, commas or signs: key=\"'a, b'\""
+            remedy = f"did you mean {text}=VALUE?"
+            if "=" in text:
+                remedy = "put quotes around a value with blanks, commas or signs: key=\"'a, b'\""
             raise VPruneError(f"{text!r} is not an override of the form key=value; {remedy}") from error
     return parsed
 

@@ -154,7 +154,7 @@ class _Writer:
     def append(self, rows: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]) -> None:
         """Write one batch as a whole and wait until the disk has it; `seconds` by part go to `environment.json`."""
         if self._file is None:
-            self._file = self._open()
+            self._file = self._open(seconds.get("total", 0.0))
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         self._file.write(data)
         self._file.flush()
@@ -169,7 +169,8 @@ class _Writer:
         if self._file is not None:
             self._file.close()
 
-    def _open(self) -> IO[bytes]:
+    def _open(self, passed: float) -> IO[bytes]:
+        """The file of predictions; the session began `passed` seconds ago, with its first batch."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             file = (self._folder / PREDICTIONS_FILE).open("ab")
@@ -187,7 +188,8 @@ class _Writer:
         (self._folder / METRICS_FILE).unlink(missing_ok=True)
         file.truncate(self._size)
         _replace(self._folder / CONFIG_FILE, yaml.safe_dump(self._config, sort_keys=False, allow_unicode=True))
-        self._session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "samples": 0, "seconds": {}}
+        began = time.localtime(time.time() - passed)
+        self._session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z", began), "samples": 0, "seconds": {}}
         self._environment["sessions"] = [*self._environment["sessions"], self._session]
         return file
 

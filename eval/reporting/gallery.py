@@ -28,11 +28,12 @@ MAX_SIDE = 480
 
 @dataclass(frozen=True)
 class Answer:
-    """One model's answer, and whether it is right."""
+    """One model's answer, whether it counts as right, and in words how right it is."""
 
     who: str
     text: str
     right: bool
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,10 @@ def _answer_again(entry: Entry, sample: Sample, benchmark: Benchmark, loaded: An
 
 def _answer(entry: Entry, sample_id: str, who: str) -> Answer:
     row = entry.answers[sample_id]
-    return Answer(who, str(row["prediction"]), float(row["correct"]) >= RIGHT)
+    score = float(row["correct"])
+    # Lists are scored between 0 and 1.
+    verdict = f"{100 * score:.0f}% right" if 0 < score < 1 else "right" if score else "wrong"
+    return Answer(who, str(row["prediction"]), score >= RIGHT, verdict)
 
 
 def _job(run: Run) -> Any:

@@ -75,7 +75,7 @@ def _section(
         "timing": section.timing,
         "rivals": rivals.leads(section),
         "default": rivals.DEFAULT,
-        "kind_error": max((error for entry in section.entries for error in entry.kind_errors.values()), default=None),
+        "kind_error": _kind_error(section, counts),
         "annotated": ", ".join(sorted({entry.method for entry in section.entries if entry.needs_annotation})),
         "board": [
             _row(section, entry, colour) | {"opens_budget": before.budget != entry.budget}
@@ -86,6 +86,13 @@ def _section(
         "facts": _facts(section),
         "commands": list(dict.fromkeys(filter(None, (entry.environment.get("command") for entry in section.entries)))),
     }
+
+
+def _kind_error(section: Section, counts: dict[str, int]) -> float | None:
+    """The largest standard error in a kind; None where a kind has a single sample, whose error nobody knows."""
+    if min(counts.values(), default=2) < 2:
+        return None
+    return max((error for entry in section.entries for error in entry.kind_errors.values()), default=None)
 
 
 def _row(section: Section, entry: Entry, colour: dict[str, str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -117,6 +118,17 @@ def test_what_will_take_long_on_a_cpu_is_said_at_the_start(
     out = capsys.readouterr().out
     assert out.startswith("full 1.0: about 4 minutes to go\n")
     assert out.count("minutes") == 1
+
+
+def test_a_run_began_with_its_first_batch_not_after_it(
+    evaluate: Eval, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Predictor, "take_seconds", lambda self: {"total": 3600.0})
+    now = time.time()
+    assert evaluate("method=full", "limit=4", "out=here") == 0
+    (session,) = json.loads((tmp_path / "here/environment.json").read_text())["sessions"]
+    began = time.mktime(time.strptime(session["started"][:19], "%Y-%m-%dT%H:%M:%S"))
+    assert now - 3602 < began < time.time() - 3598
 
 
 def test_a_finished_run_is_shown_not_repeated(

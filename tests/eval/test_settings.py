@@ -90,7 +90,7 @@ def test_a_benchmark_may_be_a_folder(tmp_path: Path) -> None:
         ("kep=0.1", r"there is no option 'kep' \(did you mean keep\?\); there is .*keep, layer"),
         ("metod=full", r"did you mean method\?"),
         ("method.foo=1", r"there is no option 'method\.foo'.*method\.keep"),
-        ("keep", r"'keep' is not an override of the form key=value"),
+        ("keep", r"'keep' is not an override of the form key=value; did you mean keep=VALUE\?"),
         ("keep=[", r"is not an override of the form key=value"),
         ("keep=0.5,0.1", r"keep=0\.5,0\.1 names several values; add -m"),
         ("~limit", r"nothing can be taken out"),

@@ -13,7 +13,7 @@ from PIL import Image
 from tests.report.runs import write_sweep
 from tests.report.test_page import Page
 from vprune.eval.report import report
-from vprune.eval.reporting.gallery import data_uri, gallery
+from vprune.eval.reporting.gallery import _answer, data_uri, gallery
 from vprune.eval.reporting.gather import gather
 
 
@@ -28,6 +28,19 @@ def test_cards_show_what_the_runs_recorded(evaluated: Path) -> None:
         assert re.fullmatch(r"(9|4) of 36 tokens", card.tokens)
         assert card.picture.startswith("data:image/webp;base64,")
         assert "visual tokens" in card.described
+
+
+@pytest.mark.parametrize(
+    ("score", "right", "verdict"),
+    [(1.0, True, "right"), (6 / 7, True, "86% right"), (0.4, False, "40% right"), (0.0, False, "wrong")],
+)
+def test_a_list_that_is_right_in_part_says_so(tmp_path: Path, score: float, right: bool, verdict: str) -> None:
+    (section,) = gather(write_sweep(tmp_path)).sections
+    entry = section.entries[0]
+    name = next(iter(entry.answers))
+    entry.answers[name]["correct"] = score
+    answer = _answer(entry, name, "full model")
+    assert (answer.right, answer.verdict) == (right, verdict)
 
 
 def test_the_page_holds_the_pictures(evaluated: Path) -> None:

@@ -107,6 +107,13 @@ def test_the_summary_is_in_words(text: str) -> None:
     )
 
 
+@pytest.mark.parametrize(("samples", "told"), [(8, True), (7, False)])
+def test_the_error_of_a_kind_with_one_sample_is_not_told(tmp_path: Path, samples: int, told: bool) -> None:
+    write_run(tmp_path / "full", samples=samples, metrics={"accuracy_stderr_by_kind": {"exists": 0.25, "where": 0.0}})
+    text = report(tmp_path, gallery=0).read_text(encoding="utf-8")
+    assert ("Standard errors are at most 25.0 points." in text) == told
+
+
 def test_a_lead_within_the_error_is_not_called_best(tmp_path: Path) -> None:
     write_run(tmp_path / "full")
     write_run(tmp_path / "a", "random", 0.1, 0.5)
