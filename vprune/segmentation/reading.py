@@ -166,7 +166,7 @@ class _Watch:
         self.images: list[SeenImage] = []
         self.tokens = length
         self._probing = False
-        self._whole = hasattr(pruning._model, "hf_device_map")  # what offloads weights waits for the end of each module
+        self._to_the_end = hasattr(pruning._model, "hf_device_map")  # what offloads weights waits for the end of each module
         own = copy.copy(pruning.pruner)
         score = own.score
 
@@ -211,7 +211,7 @@ class _Watch:
             finally:
                 self._probing = False
             self.stream.layer(number, self._attention(number, caught, kwargs.get("attention_mask")))
-            if number == self.stream.layers[-1] and not self._whole:
+            if number == self.stream.layers[-1] and not self._to_the_end:
                 raise _Enough
 
         return hook
