@@ -166,7 +166,8 @@ class _Watch:
         self.images: list[SeenImage] = []
         self.tokens = length
         self._probing = False
-        self._to_the_end = hasattr(pruning._model, "hf_device_map")  # what offloads weights waits for the end of each module
+        # What offloads weights does so at the end of each module.
+        self._to_the_end = hasattr(pruning._model, "hf_device_map")
         own = copy.copy(pruning.pruner)
         score = own.score
 
