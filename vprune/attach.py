@@ -229,8 +229,7 @@ class Pruning:
         self._carried = True
         input_ids = args[0] if args else kwargs.get("input_ids")
         kinds = visual_kinds(self._anatomy, input_ids, kwargs.get("inputs_embeds"))
-        glance = Glance.at(self._anatomy, kwargs, kinds, self._mask)
-        self._glance = glance if bool(glance.kinds_on_host.any()) else None
+        self._glance = Glance.at(self._anatomy, kwargs, kinds, self._mask)
 
     def _after_tower(self, tower: nn.Module, args: Any, output: Any) -> None:
         if self._glance is not None:
@@ -247,6 +246,8 @@ class Pruning:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if kwargs.get("inputs_embeds") is None:
             return None
+        if self._glance is not None and not self._glance.kinds_on_host.any():
+            self._glance = None  # no placeholder has come with the images: the model will say so, if it minds
         if self._glance is not None:
             if self._stays_whole(kwargs):
                 self._whole = kwargs, moment_of(kwargs["inputs_embeds"])
@@ -312,8 +313,10 @@ class Pruning:
             masked = kwargs["attention_mask"]  # each layer gets its own instead
         elif fits is not None:
             masked = layer_mask(rows, prefill.stored, embeds, self._anatomy.backend, fits)
+        elif prefill.cache is not None and not prefill.stored and rows.valid is None and rows.bias is None:
+            masked = None  # whoever gets a mask reads it on the host, and waits there until all is planned
         else:
-            # Always a mask: without one, gaps between positions would read as several packed sequences.
+            # Without a mask and a cache, gaps between positions would read as several packed sequences.
             masked = prefill_mask(
                 widened(rows.valid, embeds.shape[0], prefill.stored + embeds.shape[1], True, embeds.device),
                 rows.bias,

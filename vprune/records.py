@@ -29,6 +29,12 @@ def together(parts: Sequence[Tensor]) -> Tensor:
     return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
 
 
+def rows_at(hidden: Tensor, samples: Tensor, columns: Tensor) -> Tensor:
+    """The rows [I, N, D] of hidden [B, L, D] in samples LongTensor [I], at columns LongTensor [I, N]."""
+    places = columns + samples[:, None] * hidden.shape[1]
+    return hidden.flatten(0, 1).index_select(0, places.flatten()).view(*columns.shape, -1)
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which rows stand for an image's N visual tokens after pruning.

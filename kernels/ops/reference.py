@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from vprune.errors import VPruneError
 
@@ -162,8 +163,9 @@ def recycle(tokens: Tensor, source: Tensor, lengths: Tensor, weights: Tensor) ->
         [M, D] in the dtype of `tokens`.
     """
     dtype = torch.promote_types(tokens.dtype, torch.float32)
-    shares = tokens[source].to(dtype) * weights.to(dtype)[:, None]
-    return torch.segment_reduce(shares, "sum", lengths=lengths, axis=0).to(tokens.dtype)
+    starts = lengths.cumsum(0) - lengths
+    bags = embedding_bag(source, tokens.to(dtype), starts, mode="sum", per_sample_weights=weights.to(dtype))
+    return bags.to(tokens.dtype)
 
 
 def select(

@@ -19,7 +19,7 @@ PICTURED = [kind for kind in KINDS if any(KINDS[kind])]
 
 def foretold(model: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
     anatomy = dissect(model)
-    return breaks_to_come(anatomy, inputs, visual_kinds(anatomy, inputs["input_ids"], None))()
+    return breaks_to_come(anatomy, inputs)(visual_kinds(anatomy, inputs["input_ids"], None))
 
 
 @pytest.mark.parametrize("kind", PICTURED)

@@ -113,7 +113,9 @@ def test_a_batch_of_two_is_two_batches_of_one(
             if pruning.last.importance is not None:
                 torch.testing.assert_close(pruning.last.importance, reports[row].importance, rtol=1e-5, atol=1e-9)
             if own.all():  # a shorter prompt alone stands at other positions than left-padded without position ids
-                torch.testing.assert_close(alone[0], together[row], rtol=0, atol=1e-12)
+                # Weighted means are as exact as their weights, which a network in float32 tells to its own precision.
+                exact = method != "learned" or options.get("recycle") != "weighted"
+                torch.testing.assert_close(alone[0], together[row], rtol=0, atol=1e-12 if exact else 1e-5)
 
 
 @pytest.mark.parametrize("layer", [0, 2])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -42,6 +42,23 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
         raise RuntimeError("numbers of the host would be those of the first prompt for ever")
     # From pinned memory, which torch does not hand out again before the copy is through.
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+
+
+def fetched(tensors: Sequence[Tensor | None]) -> Callable[[], Sequence[Tensor | None]]:
+    """Copies on the CPU, on their way from now on; what is returned hands them over, and waits for them if it must.
+
+    (For them alone: not for what is sent to a GPU after them.)
+    """
+    device = next((one for one in tensors if one is not None and one.is_cuda), None)
+    copies = [None if one is None else one.to("cpu", non_blocking=one.is_cuda) for one in tensors]
+    there = None if device is None else moment_of(device)
+
+    def handed_over() -> Sequence[Tensor | None]:
+        if there is not None:
+            there.synchronize()
+        return copies
+
+    return handed_over
 
 
 @lru_cache(maxsize=256)

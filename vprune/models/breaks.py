@@ -11,24 +11,30 @@ import torch
 from torch import Tensor
 
 from vprune.models.anatomy import Anatomy, own_size, tokens_of
+from vprune.models.aside import fetched
 
 _NEEDED = ("image_sizes", "batch_num_images", "vision_aspect_ratio", "vision_feature_select_strategy")
 _UNEXPECTED = (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
-def breaks_to_come(anatomy: Anatomy, kwargs: Mapping[str, Any], kinds: Tensor) -> Callable[[], Tensor | None]:
+def breaks_to_come(anatomy: Anatomy, kwargs: Mapping[str, Any]) -> Callable[[Tensor], Tensor | None]:
     """What will tell the places of line breaks, bool [B, L], or None if that cannot be told from sizes.
 
-    `kwargs` of the model's forward, `kinds` bool [kinds, B, L] on the CPU, the places of pictures and of videos. Sizes
-    are read from the device here; what is returned asks it for nothing.
+    `kwargs` of the model's forward. Sizes leave the device here; what is returned is told the places of pictures and of
+    videos, bool [kinds, B, L] on the CPU, and asks it for nothing else.
     """
-    ends_lines = isinstance(getattr(anatomy.base, "image_newline", None), Tensor)
-    if not ends_lines or kwargs.get("image_sizes") is None or bool(kinds[1:].any()):
-        return lambda: None
+    if not isinstance(getattr(anatomy.base, "image_newline", None), Tensor) or kwargs.get("image_sizes") is None:
+        return lambda kinds: None
     told = {name: kwargs.get(name) for name in _NEEDED}
-    on_host = {name: one.cpu() if isinstance(one, Tensor) else one for name, one in told.items()}
-    places = kinds.any(0)
-    return lambda: _packed(anatomy, on_host, places)
+    tensors = {name: one for name, one in told.items() if isinstance(one, Tensor)}
+    on_host = fetched(list(tensors.values()))
+
+    def tell(kinds: Tensor) -> Tensor | None:
+        if bool(kinds[1:].any()):
+            return None
+        return _packed(anatomy, {**told, **dict(zip(tensors, on_host(), strict=True))}, kinds.any(0))
+
+    return tell
 
 
 def _packed(anatomy: Anatomy, told: Mapping[str, Any], places: Tensor) -> Tensor | None:

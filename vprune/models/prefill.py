@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy, newline_places, visual_layout
-from vprune.models.aside import sent
+from vprune.models.aside import fetched, sent
 from vprune.models.breaks import breaks_to_come
 from vprune.models.cache import NOTHING_KNOWN, StoredRows, cache_for, cache_in, is_static, logical, stored_length
 from vprune.models.masks import DENSE_BACKENDS, new_rows_valid, padding_mask
@@ -49,31 +49,36 @@ class Glance:
     """A look at a prompt before the vision tower is in the device's queue: later, the host would wait for the tower.
 
     `kinds` bool [kinds, B, L]: the places of pictures and of videos; `mask`: the caller's, [B, S + L], None if there is
-    none; `kinds_on_host`, `mask_on_host`: the same on the CPU. `tell_breaks` tells the places of line breaks, bool [B,
-    L] on the CPU, or None where nobody can yet.
+    none; `on_host` hands over the same on the CPU, where they are on their way. `tell_breaks` tells the places of line
+    breaks, bool [B, L] on the CPU, or None where nobody can yet.
     """
 
     kinds: Tensor
     mask: Tensor | None
-    kinds_on_host: Tensor
-    mask_on_host: Tensor | None
-    tell_breaks: Callable[[], Tensor | None]
+    on_host: Callable[[], Sequence[Tensor | None]]
+    tell_breaks: Callable[[Tensor], Tensor | None]
 
     @classmethod
     def at(cls, anatomy: Anatomy, kwargs: Mapping[str, Any], kinds: Tensor, mask: Tensor | None) -> Glance:
         """Look now at what the model was called with."""
-        on_host = kinds.cpu()
-        return cls(kinds, mask, on_host, None if mask is None else mask.cpu(), breaks_to_come(anatomy, kwargs, on_host))
+        return cls(kinds, mask, fetched((kinds, mask)), breaks_to_come(anatomy, kwargs))
+
+    @property
+    def kinds_on_host(self) -> Tensor:
+        """`kinds` on the CPU."""
+        kinds, _ = self.on_host()
+        assert kinds is not None
+        return kinds
 
     @cached_property
     def breaks(self) -> Tensor | None:
         """The places of line breaks, as far as they are known before the decoder's inputs are there."""
-        return self.tell_breaks()
+        return self.tell_breaks(self.kinds_on_host)
 
     @cached_property
     def facts(self) -> Facts:
         """What follows if the decoder is given the same mask."""
-        return Facts.of(self.kinds_on_host, self.mask_on_host, self.kinds.device)
+        return Facts.of(self.kinds_on_host, self.on_host()[1], self.kinds.device)
 
     def facts_with(self, mask: Tensor | None) -> Facts:
         """What follows with the mask that the decoder is given; another one is read from the device."""

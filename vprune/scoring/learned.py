@@ -15,7 +15,7 @@ from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy
 from vprune.models.aside import numbers_on
 from vprune.models.probe import layer_attention, past_bias, stored_and_new_valid
-from vprune.records import Grid, Prefill, VisualTokens, instruction_rows, together
+from vprune.records import Grid, Prefill, VisualTokens, instruction_rows, rows_at, together
 from vprune.scoring.network import (
     ScorerNetwork,
     attention_statistics,
@@ -158,7 +158,7 @@ class Features:
         sample = numbers_on(device, tuple(image.sample for image in images))
         columns = together([image.columns for image in images]).to(device)
         maps = self.attention[sample].gather(2, columns[:, None].expand(-1, self.attention.shape[1], -1))
-        visual = self.hidden[sample[:, None], columns]
+        visual = rows_at(self.hidden, sample, columns)
         return maps, grid, visual.float(), self.text[sample].float(), self.text_valid[sample]
 
 
