@@ -7,12 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.cohere2.modeling_cohere2 import Cohere2LayerNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from tests.exactness.families import batch as family_batch
 from tests.exactness.families import build
 from tests.exactness.prompts import KINDS, batch
 from vprune.amounts import RECYCLERS
-from vprune.models.probe import layer_attention
+from vprune.models.probe import gain_offset, layer_attention, projected_keys
 from vprune.records import Prefill, Selection
 from vprune.recycling import Absorption, Recycler
 from vprune.selection import Random, Stride, TopK, frame_by_frame, spread_order
@@ -102,7 +106,8 @@ def asked(prefill: Prefill, layer: int) -> None:
     query = whole.query.gather(2, rows[:, None, :, None].expand(-1, whole.query.shape[1], -1, whole.query.shape[3]))
     counted = valid[:, None, :, None]
     torch.testing.assert_close(some.query * counted, query * counted, rtol=1e-10, atol=1e-12)
-    assert torch.equal(some.key, whole.key) and some.scale == whole.scale
+    torch.testing.assert_close(some.key, whole.key, rtol=1e-10, atol=1e-12)
+    assert some.scale == whole.scale
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,6 +117,28 @@ def test_queries_of_some_rows_are_those_of_all(tiny_vlm: Any, tiny_processor: An
     attention = model.get_decoder().layers[layer].self_attn
     asked(read_prompt(model, batch(tiny_processor, kind, torch.float64)), layer)
     assert not attention.q_proj._forward_hooks and not attention.v_proj._forward_pre_hooks
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", [Qwen2RMSNorm, LlamaRMSNorm, Gemma3RMSNorm, Cohere2LayerNorm])
+def test_keys_behind_a_norm_are_projected_as_the_model_does(kind: Any, bias: bool) -> None:
+    torch.manual_seed(0)
+    norm, projection = kind(24, eps=1e-3).double(), torch.nn.Linear(24, 8, bias=bias).double()
+    with torch.no_grad():
+        norm.weight.normal_()
+        hidden = 3 * torch.randn(2, 5, 24, dtype=torch.float64)
+        assert gain_offset(kind) == {Gemma3RMSNorm: 1.0, Cohere2LayerNorm: None}.get(kind, 0.0)
+        for dtype, close in ((torch.float64, 0), (torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0)):
+            norm, projection, hidden = norm.to(dtype), projection.to(dtype), hidden.to(dtype)
+            wanted = projection(norm(hidden))
+            torch.testing.assert_close(projected_keys(norm, projection, hidden), wanted, rtol=close, atol=close)
+        watched = norm.register_forward_hook(lambda module, args, made: 2 * made)
+        assert torch.equal(projected_keys(norm, projection, hidden), projection(norm(hidden)))
+        watched.remove()
+
+
+def test_norms_that_are_not_understood_are_run() -> None:
+    assert [gain_offset(kind) for kind in (torch.nn.LayerNorm, torch.nn.Identity, torch.nn.Module)] == [None] * 3
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "gemma3", "internvl", "smolvlm"])

@@ -76,24 +76,74 @@ def capture(attention: nn.Module, *args: Any, **kwargs: Any) -> Captured:
     )
 
 
+@cache
+def gain_offset(kind: Any) -> float | None:
+    """What a kind of RMS norm adds to its weights, 0 or 1: y = (weight + offset) x / sqrt(mean(x^2) + eps).
+
+    None for norms of any other form; found out by trying one on the CPU.
+    """
+    try:
+        with torch.device("cpu"), torch.no_grad():
+            norm: Any = kind(4, eps=0.25)
+            norm.weight.copy_(torch.tensor([0.5, -1.0, 2.0, 1.5]))
+            row = torch.tensor([[3.0, -0.5, 0.25, 1.0]])
+            scaled = row * (row.square().mean() + _epsilon(norm)).rsqrt()
+            return next((gain for gain in (0.0, 1.0) if torch.allclose(norm(row), (norm.weight + gain) * scaled)), None)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _epsilon(norm: Any) -> float:
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+
+
+def projected_keys(norm: Any, projection: Any, hidden: Tensor) -> Tensor:
+    """projection(norm(hidden)) of rows [B, N, D].
+
+    An RMS norm before a linear layer is a factor of each row behind it, W (g x / r) = (W g) x / r: a long prompt is
+    read once for r and once for the product, in place of the ten times that the norm alone takes in float32.
+    """
+    offset = gain_offset(norm.__class__)
+    plain = type(projection) is nn.Linear and not (_hooked(norm) or _hooked(projection))
+    # (Norms are taken in float32, in float64 too; in float16 products of what is not normed yet might be infinite.)
+    if offset is None or not plain or hidden.dtype not in (torch.float32, torch.bfloat16):
+        keys: Tensor = projection(norm(hidden))
+        return keys
+    length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
+    factor = (length.square() / hidden.shape[-1] + _epsilon(norm)).rsqrt()
+    product: Tensor = torch.nn.functional.linear(hidden, projection.weight * (norm.weight + offset))
+    made: Tensor = product * factor
+    return (made if projection.bias is None else made + projection.bias).to(product.dtype)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks) or hasattr(module, "_hf_hook")
+
+
 @contextmanager
-def _keys_alone(attention: nn.Module, length: int) -> Iterator[None]:
-    """Within the block a layer that reads `length` rows computes no values, and of queries one head of zeros."""
+def _keys_alone(attention: nn.Module, keys: Tensor) -> Iterator[None]:
+    """Within the block a layer projects its rows [B, N, D] onto these keys, and computes no values.
+
+    Of queries it has one head of zeros.
+    """
 
     def first(module: nn.Module, args: Any) -> Any:
         return (args[0][:, :1],)
 
     def one_head(module: nn.Module, args: Any, made: Tensor) -> Tensor:
-        return made.new_zeros((made.shape[0], 1, width)).expand(-1, length, -1)
+        return made.new_zeros((made.shape[0], 1, width)).expand(-1, keys.shape[1], -1)
+
+    def these(module: nn.Module, args: Any, made: Tensor) -> Tensor:
+        return keys
 
     def repeated(module: nn.Module, args: Any, made: Tensor) -> Tensor:
-        return made.expand(-1, length, -1)
+        return made.expand(-1, keys.shape[1], -1)
 
     parts: Any = attention
     width: int = parts.head_dim
     handles = [
         handle
-        for part, answer in ((parts.q_proj, one_head), (parts.v_proj, repeated))
+        for part, answer in ((parts.q_proj, one_head), (parts.k_proj, these), (parts.v_proj, repeated))
         for handle in (part.register_forward_pre_hook(first), part.register_forward_hook(answer))
     ]
     try:
@@ -121,20 +171,21 @@ def _rows_of(tensor: Tensor, rows: Tensor) -> Tensor:
     return whole.gather(-2, rows.expand(*whole.shape[:-2], -1, -1))
 
 
-def _some_queries(attention: nn.Module, hidden: Tensor, rope: Any, rows: Tensor, past: dict[str, Any]) -> Captured:
-    """`capture` with queries of some rows only, LongTensor [B, R]."""
-    length = hidden.shape[1]
+def _some_queries(
+    attention: Any, norm: nn.Module, hidden: Tensor, rope: Any, rows: Tensor, past: dict[str, Any]
+) -> Captured:
+    """`capture` behind a norm of each row, with queries of some rows only, LongTensor [B, R]."""
     given = {"attention_mask": None, "position_embeddings": rope}
-    if rows.shape[1] >= length or not _separable(attention) or not isinstance(rope, tuple):
-        caught = capture(attention, hidden_states=hidden, **given, **past)
+    if rows.shape[1] >= hidden.shape[1] or not _separable(attention) or not isinstance(rope, tuple):
+        caught = capture(attention, hidden_states=norm(hidden), **given, **past)
         index = rows.to(caught.query.device)[:, None, :, None].expand(
             -1, caught.query.shape[1], -1, caught.query.shape[3]
         )
         return Captured(caught.query.gather(2, index), caught.key, caught.scale)
-    with _keys_alone(attention, length):
+    with _keys_alone(attention, projected_keys(norm, attention.k_proj, hidden)):
         key = capture(attention, hidden_states=hidden, **given, **past).key
     given["position_embeddings"] = tuple(_rows_of(one, rows) for one in rope)
-    few = capture(attention, hidden_states=_rows_of(hidden, rows), **given)
+    few = capture(attention, hidden_states=norm(_rows_of(hidden, rows)), **given)
     return Captured(few.query, key, few.scale)
 
 
@@ -177,12 +228,12 @@ def layer_attention(prefill: Prefill, layer: int, rows: Tensor | None = None) ->
                         **cache_for(module, past),
                     )
                     hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        normed, stored = chosen.input_layernorm(hidden), cache_for(chosen.self_attn, past)
+        stored = cache_for(chosen.self_attn, past)
         if rows is None:
             given = {"attention_mask": None, "position_embeddings": rope}
-            caught = capture(chosen.self_attn, hidden_states=normed, **given, **stored)
+            caught = capture(chosen.self_attn, hidden_states=chosen.input_layernorm(hidden), **given, **stored)
         else:
-            caught = _some_queries(chosen.self_attn, normed, rope, rows, stored)
+            caught = _some_queries(chosen.self_attn, chosen.input_layernorm, hidden, rope, rows, stored)
         device = prefill.hidden.device  # the layer may lie on another one
         return Captured(caught.query.to(device), caught.key.to(device), caught.scale)
 

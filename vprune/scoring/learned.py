@@ -195,8 +195,8 @@ def read_features(prefill: Prefill, layer: int, until: Tensor | None = None) -> 
         if window is not None:
             allowed = allowed & (columns > own - window)
         allowed = allowed | ~row_valid[part, None, :, None]  # a row that sees nothing would be not-a-number
-        grouped = query[part].reshape(-1, key.shape[1], heads // key.shape[1], rows.shape[1], width)
-        logits = (grouped @ key[part, :, None]).flatten(1, 2) * caught.scale
+        grouped = query[part].reshape(-1, key.shape[1], heads // key.shape[1] * rows.shape[1], width)
+        logits = (grouped @ key[part]).view(-1, heads, rows.shape[1], held) * caught.scale
         if bias is not None:
             logits = logits + bias[part, None, None, -held:]
         weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1)[..., stored:]
