@@ -234,6 +234,8 @@ class Pruning:
     def _after_tower(self, tower: nn.Module, args: Any, output: Any) -> None:
         if self._glance is not None:
             _ = self._glance.facts, self._glance.breaks  # found out while the device is at work on the tower
+            if self._replays is not None:
+                self._replays.foresee(self._anatomy, self.pruner, self._glance)
 
     def _after_base(self, base: nn.Module, args: Any, output: Any) -> None:
         if self._carried:

@@ -46,10 +46,17 @@ class Replays:
         self._known: OrderedDict[Hashable, Recording | str | None] = OrderedDict()
         self._pool: Any = None
         self._rows: Tensor | None = None  # the place that recordings read hidden rows from
+        self._foreseen: tuple[Glance, tuple[int, ...]] | None = None
+
+    def foresee(self, anatomy: Anatomy, pruner: Pruner, glance: Glance) -> None:
+        """Find out what tells the prompt's layout from others while the device is at work on the vision tower."""
+        _, self._foreseen = glance.layout, (glance, _weights(anatomy, pruner))
 
     def begun(self, passage: Callable[[], Passage], reads: Reads) -> tuple[Passage, Tensor, Shortening | None]:
         """A prefill planned up to the first layer, and what that reads; `passage` describes one not replayed."""
-        layout = layout_of(reads)
+        glance, weights = self._foreseen or (None, ())
+        layout = layout_of(reads, weights if glance is reads.glance else _weights(reads.anatomy, reads.pruner))
+        self._foreseen = None
         known = self._known.get(layout)
         if isinstance(known, Recording):
             self._known.move_to_end(layout)
@@ -91,7 +98,7 @@ class Replays:
     def forget(self) -> None:
         """Let go of all recordings and their memory."""
         self._known.clear()
-        self._pool = self._rows = None
+        self._pool = self._rows = self._foreseen = None
 
 
 class Recording:
@@ -254,23 +261,22 @@ class Reads:
         return cache_in(self.kwargs)
 
 
-def layout_of(reads: Reads) -> Hashable | None:
+def layout_of(reads: Reads, weights: tuple[int, ...]) -> Hashable | None:
     """All that tells a prefill from others but for its rows and positions; None where each is planned by itself."""
     hidden, glance, cache, kwargs = reads.hidden, reads.glance, reads.cache, reads.kwargs
     turned = stored_length(cache) or logical(cache) is not None
     settled = turned or reads.own_masks is not None or kwargs.get("deepstack_visual_embeds")
     learning = torch.is_grad_enabled() and hidden.requires_grad
-    breaks = glance.breaks
-    unforeseen = breaks is None and getattr(reads.anatomy.base, "image_newline", None) is not None
+    unforeseen = glance.breaks is None and getattr(reads.anatomy.base, "image_newline", None) is not None
     if settled or learning or unforeseen or not recordable(hidden) or torch.is_autocast_enabled(hidden.device.type):
         return None
-    told = (glance.kinds_on_host, glance.facts_with(kwargs.get("attention_mask")).valid, breaks)
-    positions = reads.positions
+    positions, mask = reads.positions, kwargs.get("attention_mask")
     return (
-        *(None if one is None else one.numpy().tobytes() for one in told),
+        *glance.layout,
+        None if mask is glance.mask else glance.facts_with(mask).valid.numpy().tobytes(),
         *(tuple((one.grid, one.call) for one in reads.tower), hidden.shape, hidden.dtype, hidden.device),
         None if positions is None else (positions.shape, positions.dtype),
-        *_weights(reads.anatomy, reads.pruner),
+        *weights,
     )
 
 

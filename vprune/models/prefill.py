@@ -80,6 +80,14 @@ class Glance:
         """What follows if the decoder is given the same mask."""
         return Facts.of(self.kinds_on_host, self.on_host()[1], self.kinds.device)
 
+    @cached_property
+    def layout(self) -> tuple[bytes | None, ...]:
+        """The places of pictures, of what is no padding and of line breaks, to be told from others."""
+        return tuple(
+            None if one is None else one.numpy().tobytes()
+            for one in (self.kinds_on_host, self.facts.valid, self.breaks)
+        )
+
     def facts_with(self, mask: Tensor | None) -> Facts:
         """What follows with the mask that the decoder is given; another one is read from the device."""
         if mask is self.mask:
