@@ -232,7 +232,7 @@ class Pruning:
         self._glance = Glance.at(self._anatomy, kwargs, kinds, self._mask)
 
     def _after_tower(self, tower: nn.Module, args: Any, output: Any) -> None:
-        if self._glance is not None:
+        if self._glance is not None and self._glance.sees_any:
             _ = self._glance.facts, self._glance.breaks  # found out while the device is at work on the tower
             if self._replays is not None:
                 self._replays.foresee(self._anatomy, self.pruner, self._glance)
@@ -248,7 +248,7 @@ class Pruning:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if kwargs.get("inputs_embeds") is None:
             return None
-        if self._glance is not None and not self._glance.kinds_on_host.any():
+        if self._glance is not None and not self._glance.sees_any:
             self._glance = None  # no placeholder has come with the images: the model will say so, if it minds
         if self._glance is not None:
             if self._stays_whole(kwargs):

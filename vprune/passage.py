@@ -53,7 +53,9 @@ class Passage:
         VPruneError: a stage that this model cannot have, or whatever the method refuses.
     """
 
-    def __init__(self, pruner: Pruner, prefill: Prefill, own_masks: dict[str, Any] | None) -> None:
+    def __init__(
+        self, pruner: Pruner, prefill: Prefill, own_masks: dict[str, Any] | None, clock: Stopwatch | None = None
+    ) -> None:
         self.pruner, self.prefill, self.own_masks = pruner, prefill, own_masks
         self.anatomy, self.backend = prefill.anatomy, prefill.anatomy.backend
         self.length, self._given = prefill.hidden.shape[1], prefill.images
@@ -63,7 +65,7 @@ class Passage:
         self._masks: dict[Any, Any] = {}
         self._maps: dict[int, list[Tensor | None]] = {}
         self._decided: list[Callable[[], Decided]] = []
-        self.clock = Stopwatch()
+        self.clock = Stopwatch() if clock is None else clock
         self.deciding = False
         self._stops = {0}
         for layer, _ in pruner.schedule:
@@ -153,11 +155,13 @@ class Passage:
 
     def move_on(self, layer: int, short: Shortening, shorter: Tensor, positions: Tensor, visual: Tensor) -> None:
         """Go on with the rows that are left, [B, K, D], and what belongs to their columns."""
-        prefill, before = self.prefill, self.here
-        assert prefill.instruction is not None
-        rows, row_valid = prefill.instruction
-        first = short.index.shape[1] - row_valid.sum(-1, keepdim=True)  # text is the end of every row
-        rows = (first + torch.arange(rows.shape[1], device=rows.device)).clamp(max=short.index.shape[1] - 1)
+        prefill, before, instruction = self.prefill, self.here, None
+        if not self.ends_at_once:  # a later stage will look at it
+            assert prefill.instruction is not None
+            rows, row_valid = prefill.instruction
+            first = short.index.shape[1] - row_valid.sum(-1, keepdim=True)  # text is the end of every row
+            rows = (first + torch.arange(rows.shape[1], device=rows.device)).clamp(max=short.index.shape[1] - 1)
+            instruction = rows, row_valid
         self.prefill = replace(
             prefill,
             hidden=shorter,
@@ -166,7 +170,7 @@ class Passage:
             visual=visual,
             images=short.images,
             counts=short.counts,
-            instruction=(rows, row_valid),
+            instruction=instruction,
             instruction_sent=None,
         )
         since = chained(before.since, short.index) if layer else None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy
+from vprune.models.aside import Stopwatch
 from vprune.models.cache import cache_in, logical, stored_length
 from vprune.models.prefill import Glance
 from vprune.passage import Decided, Passage
@@ -124,12 +125,13 @@ class Recording:
 
     def replayed(self, reads: Reads) -> tuple[Passage, Tensor, Shortening | None]:
         """Plan a prefill of the layout."""
-        positions = self.prefill.positions if reads.positions is None else reads.positions
-        now = replace(self.prefill, hidden=reads.hidden, positions=positions, tower=reads.tower, cache=reads.cache)
-        passage = Passage(self.pruner, now, None)
-        with passage.clock.running(reads.hidden):
+        clock = Stopwatch()
+        with clock.running(reads.hidden):
             self._write(reads)
-            self._replay()
+            self._replay()  # the device is at work, and the host has time for the rest
+            positions = self.prefill.positions if reads.positions is None else reads.positions
+            now = replace(self.prefill, hidden=reads.hidden, positions=positions, tower=reads.tower, cache=reads.cache)
+            passage = Passage(self.pruner, now, None, clock)
             plan, packed = self.plan, self.plan.packed.copy()
             passage.told_of(lambda: mapped(plan.decided, packed.taken))
             if plan.short is None or plan.shorter is None:

@@ -71,6 +71,11 @@ class Glance:
         return kinds
 
     @cached_property
+    def sees_any(self) -> bool:
+        """True when there are visual tokens."""
+        return bool(self.kinds_on_host.numpy().any())  # (torch would wake all cores for it)
+
+    @cached_property
     def breaks(self) -> Tensor | None:
         """The places of line breaks, as far as they are known before the decoder's inputs are there."""
         return self.tell_breaks(self.kinds_on_host)
