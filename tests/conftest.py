@@ -172,8 +172,8 @@ def stand_in_scorers() -> Iterator[None]:
 
     shipped_for, patch = learned._shipped_for, pytest.MonkeyPatch()
 
-    def stand_in(own: dict[str, Any]) -> Any:
-        network = shipped_for(own)
+    def stand_in(own: dict[str, Any], drops: bool) -> Any:
+        network = shipped_for(own, drops)
         if network is None and own["hidden_size"] <= 64:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(own["hidden_size"])

@@ -106,6 +106,8 @@ class Pruner:
         if binds is None:
             return self
         told = {"demand": True} if self.budget == "question" else {}
+        if getattr(self.scorer, "minds_dropping", False):
+            told["drops"] = self.recycle == "none"
         return replace(self, scorer=binds(anatomy, **told))
 
     def with_keep(self, keep: float | int) -> Pruner:

@@ -204,7 +204,7 @@ def test_mistakes_are_told(words: list[str], message: str, tmp_path: Path) -> No
 def test_a_method_without_its_scorer_is_refused_before_anything_is_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learned, "_shipped_for", lambda own: None)
+    monkeypatch.setattr(learned, "_shipped_for", lambda own, drops: None)
     with pytest.raises(VPruneError, match="no scorer ships for LlavaOnevisionModel"):
         main(["model", "device=cpu", "dtype=float32", "method=learned", f"out={tmp_path}"])
     assert not (tmp_path / "bench.csv").exists()

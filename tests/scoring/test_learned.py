@@ -18,7 +18,7 @@ from vprune import VPruneError
 from vprune.models.anatomy import dissect
 from vprune.pruner import load_method
 from vprune.scoring import learned
-from vprune.scoring.learned import Learned, difference, identity_of, read_features
+from vprune.scoring.learned import Learned, difference, identity_of, read_features, trained_to_drop
 from vprune.scoring.network import MOST_PARAMETERS, ScorerConfig, ScorerNetwork
 from vprune.training.prompts import read_prompt
 
@@ -111,6 +111,28 @@ def test_kept_and_read_again(tmp_path: Path, tiny_vlm: Any, tiny_processor: Any)
         assert first == [one.kept.tolist() for one in pruning.last or []]
 
 
+def test_what_ships_for_dropped_tokens_is_taken_where_they_are_dropped(
+    tmp_path: Path, tiny_vlm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_vlm()
+
+    def share_behind(**options: Any) -> float:
+        scorer: Any = vprune.prune(model, "learned", **options).pruner.scorer
+        return float(scorer.network.config.recipe["effect"]["share"])
+
+    folders = [
+        saved(tmp_path / str(share), model, recipe={"objective": "effect", "effect": {"share": share}})
+        for share in (0.3, 0)
+    ]
+    for known in (folders, folders[::-1]):
+        monkeypatch.setattr(learned, "shipped", lambda known=known: iter(known))
+        assert share_behind() == share_behind(recycle="nearest") == 0.3
+        assert share_behind(recycle="none") == share_behind(recycle="none", size_aware=False, keep=3) == 0
+        assert share_behind(recycle="none", checkpoint=str(folders[0])) == 0.3  # the one that is asked for
+    monkeypatch.setattr(learned, "shipped", lambda: iter(folders[:1]))
+    assert share_behind(recycle="none") == 0.3  # the only one
+
+
 def test_a_checkpoint_that_is_cut_short_or_no_scorer(tmp_path: Path, tiny_vlm: Any) -> None:
     folder = saved(tmp_path / "scorer", tiny_vlm())
     whole = (folder / "model.safetensors").read_bytes()
@@ -158,18 +180,21 @@ def test_another_model_is_refused(tmp_path: Path, tiny_vlm: Any) -> None:
 
 
 def test_without_a_scorer_both_ways_on_are_named(monkeypatch: pytest.MonkeyPatch, tiny_vlm: Any) -> None:
-    monkeypatch.setattr(learned, "_shipped_for", lambda own: None)
+    monkeypatch.setattr(learned, "_shipped_for", lambda own, drops: None)
     with pytest.raises(
         VPruneError, match=r"no scorer ships for LlavaModel.*vprune train scorer model=ID.*attention_max"
     ):
         vprune.prune(tiny_vlm())
 
 
-def test_the_shipped_scorer_is_the_embedded_models() -> None:
-    (folder,) = learned.shipped()
-    config = ScorerNetwork.load(folder).config
-    assert config.model["hidden_size"] == 256 and config.recipe["objective"] == "effect"
-    assert sum(part.numel() for part in ScorerNetwork.load(folder).parameters()) <= MOST_PARAMETERS
+def test_the_shipped_scorers_are_the_embedded_models() -> None:
+    drops = []
+    for network in map(ScorerNetwork.load, learned.shipped()):
+        config = network.config
+        assert config.model["hidden_size"] == 256 and config.recipe["objective"] == "effect"
+        assert sum(part.numel() for part in network.parameters()) <= MOST_PARAMETERS
+        drops.append(trained_to_drop(config))
+    assert drops == [False, True]
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision", "internvl", "smolvlm"])

@@ -19,7 +19,7 @@ _READERS = ((8, 16, 24), (4, 8, 24), (2, 8, 16), (2, 4, 16), (1, 4, 8))
 class Untrained(Learned):
     """`Learned` with a network of random weights that fits the model; its maps mean nothing, its time does."""
 
-    def bound(self, anatomy: Anatomy, demand: bool = False) -> Untrained:
+    def bound(self, anatomy: Anatomy, demand: bool = False, drops: bool = False) -> Untrained:
         """The same with a network for this model, reading as much of the rows as its size allows.
 
         Raises:

@@ -17,6 +17,7 @@ from vprune.models.aside import numbers_on
 from vprune.models.probe import layer_attention, past_bias, stored_and_new_valid
 from vprune.records import Grid, Prefill, VisualTokens, instruction_rows, rows_at, together
 from vprune.scoring.network import (
+    ScorerConfig,
     ScorerNetwork,
     attention_statistics,
     same_grid,
@@ -41,7 +42,8 @@ class Learned:
 
     Args:
         checkpoint: the folder of a scorer, as `save_pretrained` writes it; None = the one that ships with vprune and
-            was trained for this model.
+            was trained for this model, and for tokens that are dropped where they are (`recycle=none`) rather than
+            merged: the others look for what no merged row can stand for.
 
     Raises:
         VPruneError: there is none for this model, or the folder holds none, or one of another model.
@@ -55,6 +57,7 @@ class Learned:
 
     needs_evidence: ClassVar[bool] = False
     reads_rows_only: ClassVar[bool] = True
+    minds_dropping: ClassVar[bool] = True
     tower_layer: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
@@ -68,16 +71,16 @@ class Learned:
         """The decoder layer whose attention is read: the one map serves every stage after it."""
         return 0 if self.network is None else self.network.config.layer
 
-    def bound(self, anatomy: Anatomy, demand: bool = False) -> Learned:
+    def bound(self, anatomy: Anatomy, demand: bool = False, drops: bool = False) -> Learned:
         """The same with its network loaded, beside the decoder's input embeddings.
 
-        `demand`: `shares` will be asked for.
+        `demand`: `shares` will be asked for; `drops`: what is pruned will be dropped, not merged.
 
         Raises:
             VPruneError: there is no scorer for this model, or it cannot tell what it is asked for.
         """
         own = identity_of(anatomy)
-        network = _shipped_for(own) if self.checkpoint is None else ScorerNetwork.load(self.checkpoint)
+        network = _shipped_for(own, drops) if self.checkpoint is None else ScorerNetwork.load(self.checkpoint)
         if network is None:
             raise VPruneError(
                 f"method=learned: no scorer ships for {own['name']}. Train one with `vprune train scorer model=ID` and "
@@ -266,5 +269,11 @@ def shipped() -> Iterator[Path]:
     yield from sorted(one.parent for one in home.glob("*/config.json")) if home.is_dir() else ()
 
 
-def _shipped_for(own: Mapping[str, Any]) -> ScorerNetwork | None:
-    return next((one for one in map(ScorerNetwork.load, shipped()) if not difference(one.config.model, own)), None)
+def _shipped_for(own: Mapping[str, Any], drops: bool) -> ScorerNetwork | None:
+    fitting = [one for one in map(ScorerNetwork.load, shipped()) if not difference(one.config.model, own)]
+    return next((one for one in fitting if trained_to_drop(one.config) == drops), fitting[0] if fitting else None)
+
+
+def trained_to_drop(config: ScorerConfig) -> bool:
+    """True of a scorer that learned which tokens have to stand alone: `vprune train scorer effect.share=0`."""
+    return bool(config.recipe.get("objective") == "effect" and config.recipe["effect"]["share"] == 0)

@@ -37,7 +37,7 @@ class Budgeting:
 
     Args:
         keep: rows in all per image, a fraction of its tokens.
-        share: of `recycle=anchors`, as is distance; 0 = the rest is dropped, as `recycle=none` has it.
+        share: of `recycle=anchors`, as is distance; 0 = a single row takes up the rest.
         distance: what distance takes off likeness.
         temperature: of the gates, 0 = the choice is hard, as pruning makes it.
         noise: how much of a logistic distribution is added to the gates' logits, so that few gates stand half open.
@@ -77,7 +77,7 @@ def gate(scores: Tensor, rows: Tensor, grid: Grid, how: Budgeting) -> Gated:
     """
     count, tokens = scores.shape
     budget = max(1, math.floor(how.keep * tokens))
-    anchors = 0 if budget < 2 or not how.share else max(1, math.floor(budget * how.share + 1e-9))
+    anchors = 0 if budget < 2 else max(1, math.floor(budget * how.share + 1e-9))
     pure = budget - anchors
     logits = scores
     if how.temperature:
