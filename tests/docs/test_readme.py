@@ -48,12 +48,15 @@ def test_the_tables_are_those_of_the_recorded_runs(label: str, cells: list[str])
 
 
 def test_the_row_of_a_budget_a_question_is_recorded() -> None:
-    runs = {row["keep"]: row for row in recorded("methods-h200") if row["budget"] == "question"}
+    runs = {row["keep"]: row for row in recorded("learned-question-h200")}
+    earlier = {row["keep"]: row for row in recorded("methods-h200") if row["budget"] == "question"}
+    assert all(runs[keep]["accuracy"] == row["accuracy"] for keep, row in earlier.items()) and len(earlier) == 2
     row = r"^\| \*\*the same, `budget=question`\*\* \(in the mean (.*?) tokens\) \|(.*)\|$"
     ((tokens, cells),) = re.findall(row, README, re.M)
-    found = [runs[keep] for keep in (0.1, 0.05)]
-    assert tokens == " and ".join(f"{run['tokens_after']:.1f}" for run in found)
-    assert [cell.strip(" *") for cell in cells.split("|")[3:]] == [f"{100 * run['accuracy']:.1f}" for run in found]
+    found = [runs[keep] for keep in (0.5, 0.25, 0.1, 0.05)]
+    counts = [f"{run['tokens_after']:.1f}".removesuffix(".0") for run in found]
+    assert tokens == ", ".join(counts[:-1]) + " and " + counts[-1]
+    assert [cell.strip(" *") for cell in cells.split("|")[1:]] == [f"{100 * run['accuracy']:.1f}" for run in found]
 
 
 def test_there_are_tables() -> None:
