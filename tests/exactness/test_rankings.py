@@ -119,6 +119,15 @@ def test_queries_of_some_rows_are_those_of_all(tiny_vlm: Any, tiny_processor: An
     assert not attention.q_proj._forward_hooks and not attention.v_proj._forward_pre_hooks
 
 
+class Doubled(Tensor):
+    """A weight that is twice what its numbers say, to `linear` alone."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = super().__torch_function__(function, types, args, kwargs or {})
+        return 2 * made if function is torch.nn.functional.linear else made
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", [Qwen2RMSNorm, LlamaRMSNorm, Gemma3RMSNorm, Cohere2LayerNorm])
 def test_keys_behind_a_norm_are_projected_as_the_model_does(kind: Any, bias: bool) -> None:
@@ -135,6 +144,9 @@ def test_keys_behind_a_norm_are_projected_as_the_model_does(kind: Any, bias: boo
         watched = norm.register_forward_hook(lambda module, args, made: 2 * made)
         assert torch.equal(projected_keys(norm, projection, hidden), projection(norm(hidden)))
         watched.remove()
+        projection.weight = torch.nn.Parameter(projection.weight.as_subclass(Doubled))  # as quantised weights are
+        assert torch.equal(projected_keys(norm, projection, hidden), projection(norm(hidden)))
+        assert float((projection(norm(hidden)) - wanted).abs().max()) > 0
 
 
 def test_norms_that_are_not_understood_are_run() -> None:

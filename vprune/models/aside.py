@@ -49,13 +49,13 @@ def fetched(tensors: Sequence[Tensor | None]) -> Callable[[], Sequence[Tensor | 
 
     (For them alone: not for what is sent to a GPU after them.)
     """
-    device = next((one for one in tensors if one is not None and one.is_cuda), None)
     copies = [None if one is None else one.to("cpu", non_blocking=one.is_cuda) for one in tensors]
-    there = None if device is None else moment_of(device)
+    moments = [moment_of(one) for one in {one.device: one for one in tensors if one is not None}.values()]
 
     def handed_over() -> Sequence[Tensor | None]:
-        if there is not None:
-            there.synchronize()
+        for moment in moments:
+            if moment is not None:
+                moment.synchronize()
         return copies
 
     return handed_over

@@ -104,7 +104,7 @@ def projected_keys(norm: Any, projection: Any, hidden: Tensor) -> Tensor:
     read once for r and once for the product, in place of the ten times that the norm alone takes in float32.
     """
     offset = gain_offset(norm.__class__)
-    plain = type(projection) is nn.Linear and not (_hooked(norm) or _hooked(projection))
+    plain = type(projection) is nn.Linear and _as_loaded(projection) and _as_loaded(norm)
     # (Norms are taken in float32, in float64 too; in float16 products of what is not normed yet might be infinite.)
     if offset is None or not plain or hidden.dtype not in (torch.float32, torch.bfloat16):
         keys: Tensor = projection(norm(hidden))
@@ -116,8 +116,10 @@ def projected_keys(norm: Any, projection: Any, hidden: Tensor) -> Tensor:
     return (made if projection.bias is None else made + projection.bias).to(product.dtype)
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks) or hasattr(module, "_hf_hook")
+def _as_loaded(module: Any) -> bool:
+    """True of a layer that computes what its kind says: nobody hooked it, and its weight is no quantised one."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+    return not hooked and type(module.weight) is nn.Parameter
 
 
 @contextmanager
