@@ -71,15 +71,16 @@ def label(
     print(f"labelling: {left} of {count} questions are left, in {len(missing)} batches", flush=True)
     stream, at = batches(missing[0]), missing[0]
     with progress_bar() as bar:
-        task, began = bar.add_task("labelling", total=left, note=""), 0.0
+        task, passes, began = bar.add_task("labelling", total=left, note=""), 0, 0.0
 
         def tell(questions: int, tokens: int) -> None:
-            nonlocal began
+            nonlocal passes, began
             bar.advance(task, questions)
-            if began:
+            passes += 1
+            if passes == 2:  # the first pass is slower than all others: kernels are loaded and memory is taken
                 minutes = (time.perf_counter() - began) / 60 / tokens * left * float(batch.answer.sum()) / len(batch)
                 print(f"labelling takes about {minutes:.1f} minutes; broken off, it goes on where it was", flush=True)
-                began = 0.0
+            began = time.perf_counter()
 
         for number in missing:
             if number != at:
@@ -90,7 +91,6 @@ def label(
                 need = memory_of(model.config, fitting, batch.answer.shape[1])
                 lowered = "" if fitting == min(at_once, len(batch)) else f" (memory allows no more; asked: {at_once})"
                 print(f"labelling {fitting} at a time{lowered}: {need / 1e9:.1f} GB of attention", flush=True)
-                began = time.perf_counter()
             _save(relevance_of_images(model, batch, fitting, tell), folder / name_of(number))
             bar.update(task, note=f"batch {number + 1} of {total}")
     return Labelled(folder, total)
