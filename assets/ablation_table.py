@@ -6,12 +6,12 @@ python assets/ablation_table.py [RUNS]
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from vprune.assets.leaderboard import placed
 from vprune.eval.metrics import standard_error
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -92,17 +92,10 @@ def _points(lead: list[float]) -> str:
     return f"{100 * lead[0]:+.1f} ± {100 * lead[1]:.1f}" if lead[1] else ""
 
 
-def page(text: str, content: dict[str, Any]) -> str:
-    """The page with the tables between its marks."""
-    found = re.compile(r"(<!-- tables -->\n).*?(<!-- /tables -->)", re.S)
-    assert found.search(text), "no marks <!-- tables --> on the page"
-    return found.sub(lambda marks: f"{marks[1]}{tables(content)}\n{marks[2]}", text)
-
-
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         RESULTS.write_text(json.dumps(gathered(Path(sys.argv[1])), indent=1) + "\n", encoding="utf-8")
     path = DOCS / "ablation.md"
     recorded = json.loads(RESULTS.read_text(encoding="utf-8"))
-    path.write_text(page(path.read_text(encoding="utf-8"), recorded), encoding="utf-8")
+    path.write_text(placed(path.read_text(encoding="utf-8"), "tables", tables(recorded)), encoding="utf-8")
     print(tables(recorded))

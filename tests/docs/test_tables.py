@@ -72,4 +72,5 @@ def test_the_ablation_is_drawn_from_its_runs() -> None:
     content = loaded("results/ablation-h200.json")
     assert len(content["runs"]) == 90
     with script("ablation_table") as ablation:
-        assert ablation.page(read("ablation"), content) == read("ablation"), "run python assets/ablation_table.py"
+        page = ablation.placed(read("ablation"), "tables", ablation.tables(content))
+        assert page == read("ablation"), "run python assets/ablation_table.py"
