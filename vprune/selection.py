@@ -142,8 +142,11 @@ def strided_ranks(grid: Grid, budget: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def spread_order(grid: Grid) -> Tensor:
-    """All tokens, LongTensor [N], so that every prefix spreads evenly over the grid (a dither matrix)."""
+def spread_order(grid: Grid, device: torch.device = _CPU) -> Tensor:
+    """All tokens, LongTensor [N], so that every prefix spreads evenly over the grid (a dither matrix).
+
+    On a device once and for all.
+    """
     t, h, w = grid
     bits = max(1, math.ceil(math.log2(max(t, h, w, 2))))
     frame, row, column = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
@@ -152,7 +155,7 @@ def spread_order(grid: Grid) -> Tensor:
         # The lowest bits of the place become the highest of the rank; x xor y breaks up rows, as in Bayer's matrix.
         for part in ((row ^ column) >> bit & 1, row >> bit & 1, frame >> bit & 1):
             rank = 2 * rank + part
-    return rank.flatten().argsort(stable=True)
+    return rank.flatten().argsort(stable=True).to(device)
 
 
 @lru_cache(maxsize=64)

@@ -200,6 +200,8 @@ def select(
     merit = torch.where(scores.isnan(), -torch.inf, scores)
     by_rank = (columns if ties is None else ties.argsort(-1)).expand(batch, -1)
     order = by_rank.gather(-1, merit.gather(-1, by_rank).argsort(dim=-1, descending=True, stable=True))
+    if valid is None and isinstance(count, int) and width <= min(count, length):
+        return order[:, :width].sort(-1).values
     if valid is not None:  # the valid ones first, their order unchanged
         order = order.gather(-1, valid.gather(-1, order).to(torch.uint8).argsort(dim=-1, descending=True, stable=True))
     available = torch.full((batch, 1), length, device=scores.device) if valid is None else valid.sum(-1, keepdim=True)

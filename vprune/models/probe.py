@@ -273,6 +273,8 @@ def keys_valid(prefill: Prefill) -> Tensor | None:
 
 def stored_and_new_valid(prefill: Prefill) -> Tensor:
     """Which of the rows stored and the new ones are no padding, bool [B, S + L]."""
+    if not prefill.stored:
+        return prefill.valid
     batch, device = prefill.valid.shape[0], prefill.valid.device
     return torch.cat([widened(prefill.past.valid, batch, prefill.stored, True, device), prefill.valid], 1)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vprune.models.aside import sent
 from vprune.records import Grid, Prefill, Selection, together
-from vprune.recycling.rows import lay_out
-from vprune.selection import Ranking, frame_by_frame, spread_order, spread_ranks
+from vprune.recycling.rows import numbers_like
+from vprune.selection import Ranking, frame_by_frame, spread_order
 
 _ROWS_AT_ONCE = 4096  # bounds the similarities at hand to 4096 x anchors, whatever the length of a video
 
@@ -46,11 +46,14 @@ class Absorption:
         anchors, there = (_taken(one, self.anchors) for one in (rows, where))
         found = []
         for part in (slice(first, first + _ROWS_AT_ONCE) for first in range(0, rows.shape[-2], _ROWS_AT_ONCE)):
-            apart = (where[..., part, None, :] - there[..., None, :, :]).square().sum(-1).sqrt()
+            apart = torch.cdist(where[..., part, :], there, compute_mode="donot_use_mm_for_euclid_dist")
             found.append(nearest_anchor(rows[..., part, :], anchors, self.distance * apart))
         stay = torch.cat([self.pure, self.anchors], -1)
-        leader = self.anchors.gather(-1, torch.cat(found, -1)).scatter_(-1, stay, stay)
-        return lay_out(leader, stay.shape[-1], self.sizes)
+        joined = found[0] if len(found) == 1 else torch.cat(found, -1)
+        leader = self.anchors.gather(-1, joined).scatter_(-1, stay, stay)
+        kept = stay.sort(-1).values
+        row = torch.empty_like(leader).scatter_(-1, kept, numbers_like(kept))
+        return Selection.grouped(kept, row.gather(-1, leader), self.sizes)
 
 
 def _taken(rows: Tensor, index: Tensor) -> Tensor:
@@ -86,18 +89,20 @@ def _products(rows: Tensor, anchors: Tensor, exact: torch.dtype) -> Tensor:
 
 def spread_anchors(pure: Tensor, count: int, places: Tensor, grid: Grid, by_frame: bool) -> Tensor:
     """`count` tokens (LongTensor, ascending) that lie evenly over the grid, none of them among `pure`."""
-    ranks = (framed_ranks if by_frame else spread_ranks)(grid, places.device)
-    ranking = Ranking(ranks.expand(*places.shape[:-1], -1))
-    if places.shape[-1] < ranks.shape[0]:  # an earlier stage has left some tokens only
-        ranking = ranking.of_those(places)
-    left = torch.ones_like(places, dtype=torch.bool).scatter_(-1, pure, False)
-    return ranking.first(count, left)
+    order = (framed_order if by_frame else spread_order)(grid, places.device)
+    if places.shape[-1] < order.shape[0]:  # an earlier stage has left some tokens only
+        order = Ranking.of(order).of_those(places).order
+    # Among so many, all but `count` at most are pure.
+    first = order[..., : count + pure.shape[-1]].expand(*places.shape[:-1], -1)
+    taken = torch.zeros_like(places, dtype=torch.uint8).scatter_(-1, pure, 1).gather(-1, first)
+    free = taken.argsort(dim=-1, stable=True)[..., :count]
+    return first.gather(-1, free).sort(-1).values
 
 
 @lru_cache(maxsize=64)
-def framed_ranks(grid: Grid, device: torch.device) -> Tensor:
-    """`spread_ranks` with the frames taking turns."""
-    return frame_by_frame(spread_order(grid), grid).argsort().to(device)
+def framed_order(grid: Grid, device: torch.device) -> Tensor:
+    """`spread_order` with the frames taking turns."""
+    return frame_by_frame(spread_order(grid), grid).to(device)
 
 
 def settle(plans: Sequence[Selection | Absorption], prefill: Prefill) -> list[Selection]:

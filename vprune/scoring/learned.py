@@ -157,12 +157,14 @@ class Features:
 
     def of(self, images: Sequence[VisualTokens], grid: Grid) -> tuple[Tensor, Grid, Tensor, Tensor, Tensor]:
         """The arguments of `ScorerNetwork` for images of one grid."""
-        device = self.hidden.device
-        sample = numbers_on(device, tuple(image.sample for image in images))
+        device, samples = self.hidden.device, tuple(image.sample for image in images)
+        sample = numbers_on(device, samples)
         columns = together([image.columns for image in images]).to(device)
-        maps = self.attention[sample].gather(2, columns[:, None].expand(-1, self.attention.shape[1], -1))
-        visual = rows_at(self.hidden, sample, columns)
-        return maps, grid, visual.float(), self.text[sample].float(), self.text_valid[sample]
+        attention, text, valid = self.attention, self.text, self.text_valid
+        if samples != tuple(range(len(text))):
+            attention, text, valid = (part[sample] for part in (attention, text, valid))
+        maps = attention.gather(2, columns[:, None].expand(-1, attention.shape[1], -1))
+        return maps, grid, rows_at(self.hidden, sample, columns).float(), text.float(), valid
 
 
 def read_features(prefill: Prefill, layer: int, until: Tensor | None = None) -> Features:
@@ -205,7 +207,8 @@ def read_features(prefill: Prefill, layer: int, until: Tensor | None = None) -> 
         weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1)[..., stored:]
         found.append(attention_statistics(weights, row_valid[part]))
     text = prefill.hidden.gather(1, rows[..., None].expand(-1, -1, prefill.hidden.shape[-1]))
-    return Features(torch.cat(found), prefill.hidden, text, row_valid)
+    attention = found[0] if len(found) == 1 else torch.cat(found)
+    return Features(attention, prefill.hidden, text, row_valid)
 
 
 def _refuse_nonsense(prefill: Prefill, maps: Mapping[int, Tensor]) -> None:

@@ -98,7 +98,7 @@ def gate(scores: Tensor, rows: Tensor, grid: Grid, how: Budgeting) -> Gated:
     if not anchors:
         nothing = rows.new_zeros((count, 0))
         return Gated(log_gates, rows.new_zeros((count, 0, rows.shape[-1])), nothing, nothing.long(), stays_open)
-    spread = spread_order(grid).to(scores.device)
+    spread = spread_order(grid, scores.device)
     rank = torch.empty_like(spread).index_copy(0, spread, torch.arange(tokens, device=scores.device))
     places = (rank + tokens * hard.long()).topk(anchors, -1, largest=False).indices.sort(-1).values
     with torch.no_grad():
