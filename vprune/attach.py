@@ -229,7 +229,8 @@ class Pruning:
         self._carried = True
         input_ids = args[0] if args else kwargs.get("input_ids")
         kinds = visual_kinds(self._anatomy, input_ids, kwargs.get("inputs_embeds"))
-        self._glance = Glance.at(self._anatomy, kwargs, kinds, self._mask)
+        self._glance = Glance.at(self._anatomy, kwargs, kinds)
+        self._mask = self._glance.mask
 
     def _after_tower(self, tower: nn.Module, args: Any, output: Any) -> None:
         if self._glance is not None and self._glance.sees_any:
@@ -287,7 +288,7 @@ class Pruning:
     def _begin(self, kwargs: dict[str, Any], glance: Glance) -> dict[str, Any]:
         """Start the passage of this prefill; if it is shortened before layer 0, exchange the decoder's inputs."""
         fits = fixed_size(cache_in(kwargs))
-        own_masks = masks_of_model(kwargs, self._mask)
+        own_masks = None if glance.plain else masks_of_model(kwargs, self._mask)
         read = {**kwargs, "attention_mask": callers_mask(kwargs, self._mask)}
         images, evidence, self.evidence = self._tower.images, self.evidence, None
 

@@ -16,6 +16,7 @@ from vprune.models.aside import Stopwatch
 from vprune.models.cache import (
     LogicalStaticLayer,
     StoredRows,
+    fitting,
     fixed_size,
     is_static,
     logical,
@@ -59,7 +60,7 @@ class Passage:
         self.pruner, self.prefill, self.own_masks = pruner, prefill, own_masks
         self.anatomy, self.backend = prefill.anatomy, prefill.anatomy.backend
         self.length, self._given = prefill.hidden.shape[1], prefill.images
-        self.seen = int(prefill.cache.get_seq_length()) if prefill.cache is not None else 0
+        self.seen = prefill.seen
         valid = prefill.valid if min(prefill.counts) < self.length else None
         self.stretches = [Stretch(0, self.length, None, None, valid, None, self.length)]
         self._masks: dict[Any, Any] = {}
@@ -196,7 +197,8 @@ class Passage:
         return [one() for one in self._decided]
 
     def _stored_before(self, layer: int) -> int:
-        return stored_length(self.prefill.cache, layer)
+        # (A cache of fixed size counts on the device: its host is not to wait for what is known.)
+        return stored_length(self.prefill.cache, layer) if self.seen else 0
 
     def _past(self, layer: int) -> StoredRows:
         known = logical(self.prefill.cache, layer)
@@ -270,9 +272,9 @@ class Passage:
         for layer in range(len(cache.layers)):
             stretch = self._stretch_of(layer)
             past = self._past(layer)
-            key = (id(past), stretch.first)
+            key = (id(past), stretch.first, getattr(cache.layers[layer], "device", None))
             if key not in known:
-                stored = stored_length(cache, layer) - stretch.width
+                stored = stored_length(cache, layer) - stretch.width if self.seen else 0
                 floor = stored + stretch.width - stretch.tail
                 if stretch.index is None:
                     floor = past.floor
@@ -280,7 +282,7 @@ class Passage:
                 rows = past.continued(stored, stretch.valid, stretch.bias, shape, floor)
                 if self.anatomy.has_windows:
                     rows = replace(rows, columns=self._columns(layer, stored, stretch))
-                known[key] = rows
+                known[key] = fitting(cache, layer, rows)
             record_dropped(cache, layer, self.length - stretch.width, known[key], stretch.first)
 
     def _stretch_of(self, layer: int) -> Stretch:

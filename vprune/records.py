@@ -208,9 +208,9 @@ class Prefill:
 
     `hidden` [B, L, D] is what decoder layer `layer` is about to read, `positions` its position ids ([B, L] or [rows, B,
     L]), `valid` and `visual` bool [B, L] mark what is no padding and what is a visual token. The cache already stores
-    `stored` rows of earlier turns, of which `past` is known. Visual features are added after each of the first
-    `deepstack` layers, too. `start` is the prefill as it was before the first layer, None there. `tower` lists the
-    images that the vision tower saw, `evidence` what `Pruning.evidence` was.
+    `stored` rows of earlier turns, of which `past` is known, of `seen` tokens. Visual features are added after each of
+    the first `deepstack` layers, too. `start` is the prefill as it was before the first layer, None there. `tower`
+    lists the images that the vision tower saw, `evidence` what `Pruning.evidence` was.
 
     What the host knows without asking the device: `counts`, how many columns of each row are no padding, and
     `instruction`, which hold the text after the last visual token, (LongTensor [B, R], bool [B, R]: the second False
@@ -231,6 +231,7 @@ class Prefill:
     deepstack: int = 0
     layer: int = 0
     start: Prefill | None = None
+    seen: int = 0
     counts: tuple[int, ...] = ()
     instruction: tuple[Tensor, Tensor] | None = None
     instruction_sent: tuple[Tensor, Tensor] | None = None

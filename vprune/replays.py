@@ -15,7 +15,7 @@ from torch import Tensor
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy
 from vprune.models.aside import Stopwatch
-from vprune.models.cache import cache_in, logical, stored_length
+from vprune.models.cache import cache_in
 from vprune.models.prefill import Glance
 from vprune.passage import Decided, Passage
 from vprune.pruner import Pruner
@@ -265,9 +265,8 @@ class Reads:
 
 def layout_of(reads: Reads, weights: tuple[int, ...]) -> Hashable | None:
     """All that tells a prefill from others but for its rows and positions; None where each is planned by itself."""
-    hidden, glance, cache, kwargs = reads.hidden, reads.glance, reads.cache, reads.kwargs
-    turned = stored_length(cache) or logical(cache) is not None
-    settled = turned or reads.own_masks is not None or kwargs.get("deepstack_visual_embeds")
+    hidden, glance, kwargs = reads.hidden, reads.glance, reads.kwargs
+    settled = glance.seen or reads.own_masks is not None or kwargs.get("deepstack_visual_embeds")
     learning = torch.is_grad_enabled() and hidden.requires_grad
     unforeseen = glance.breaks is None and getattr(reads.anatomy.base, "image_newline", None) is not None
     if settled or learning or unforeseen or not recordable(hidden) or torch.is_autocast_enabled(hidden.device.type):

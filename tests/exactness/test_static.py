@@ -6,12 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import StaticCache
 
 import vprune
 from tests.conftest import build_model
 from tests.exactness.agreement import agree, generate, refused
 from tests.exactness.families import FAMILIES, IMAGE, VIDEO, batch, build
 from tests.exactness.prompts import batch as prompts
+from tests.exactness.test_waits import guarded, unasked
+from vprune.models import masks
+from vprune.models.cache import cache_for
+from vprune.models.masks import plainly_causal
+from vprune.passage import Passage
 
 SIZES: dict[str, Any] = {"recycle": "grid", "cells": 4, "size_aware": True}
 STAGES: dict[str, Any] = {"stages": [[0, 0.6], [2, 0.3]]}
@@ -47,6 +53,68 @@ def test_keeping_all_is_the_unhooked_model(family: str) -> None:
     with vprune.prune(model, "attention", keep=1.0):
         kept = said(model, inputs, True)
     assert all(torch.equal(a, b) for a, b in zip(plain.logits, kept.logits, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, SIZES], ids=["plain", "sizes"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision", "internvl"])
+def test_a_static_cache_is_asked_for_nothing(
+    monkeypatch: pytest.MonkeyPatch, family: str, options: dict[str, Any]
+) -> None:
+    model, inputs = build(family, torch.float32), batch(family, "padded", torch.float32)
+    told = {"max_new_tokens": 1, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    guarded(monkeypatch, lambda: unasked(monkeypatch))
+    finish, seen = Passage.finish, []
+
+    def finished(self: Passage) -> None:
+        assert self.own_masks is None, "a mask that is plainly causal is taken for the model's own"
+        with unasked(monkeypatch):
+            finish(self)
+        seen.append(self.prefill.cache)
+
+    monkeypatch.setattr(Passage, "finish", finished)
+    with vprune.prune(model, "attention", keep=0.3, **options):
+        model.generate(**inputs, **told)
+        model.generate(**inputs, **told)  # the cache that was kept, reset
+    assert len(seen) == 2 and all(one.get_seq_length() == inputs["input_ids"].shape[1] for one in seen)
+
+
+@pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
+def test_a_finished_mask_is_plain_if_it_says_what_is_causal_and_no_more(
+    monkeypatch: pytest.MonkeyPatch, additive: bool
+) -> None:
+    valid = torch.arange(5) >= torch.tensor([[2], [0]])
+    seen = torch.ones(5, 8).tril().bool() & torch.nn.functional.pad(valid, (0, 3))[:, None, None]
+
+    def plain(mask: torch.Tensor) -> bool:
+        return bool(plainly_causal(torch.where(mask, 0.0, -1e30) if additive else mask, valid))
+
+    for at_once in (2**27, 33, 1):
+        monkeypatch.setattr(masks, "_LOOKED_AT_ONCE", at_once)
+        assert plain(seen)
+        for place in seen.new_ones(seen.shape).nonzero().tolist():
+            other = seen.clone()
+            other[tuple(place)] ^= True
+            sample, _, row, _ = place
+            assert plain(other) == (not valid[sample, row])
+
+
+def test_a_finished_mask_of_ones_own_is_kept_to() -> None:
+    """Handed to the model with a static cache, it may hide anything: the last text row sees nothing of the picture."""
+    model, inputs = build("llava_onevision", torch.float64), batch("llava_onevision", "single", torch.float64)
+    batch_size, length = inputs["input_ids"].shape
+    mask = torch.ones(batch_size, 1, length, length + 2).tril().bool()
+    mask[:, :, -1, :length] &= inputs["input_ids"][:, None] != IMAGE
+
+    def last_logits(own: torch.Tensor) -> torch.Tensor:
+        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=length + 2)
+        more = {**inputs, "attention_mask": own, **cache_for(model, cache)}
+        with torch.no_grad(), vprune.prune(model, "uniform", keep=0.3):
+            logits: torch.Tensor = model(**more).logits[:, -1]
+        return logits
+
+    plain = last_logits(torch.ones_like(mask).tril())
+    hidden = last_logits(mask)
+    assert float((plain - hidden).abs().max()) > 1e-3
 
 
 def test_a_static_cache_with_windows_is_refused() -> None:

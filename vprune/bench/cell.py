@@ -139,6 +139,8 @@ def measure_answers(fits: Fits, repeats: int, counts: Sequence[int], decode: str
     Raises:
         CheckError: no side fits, or steps that were to be compiled were not.
     """
+    if decode != "eager":  # every cell has shapes of its own, and only so many of them may be compiled
+        torch._dynamo.reset()
     options = {name: decoding(side, decode, fits.most[name] + max(counts)) for name, side in fits.sides.items()}
     graphs = _graphs()
 
@@ -173,10 +175,12 @@ def decoding(side: Side, decode: str, rows: int) -> dict[str, Any]:
         return {}
     config: Any = CompileConfig
     if not side.clock.cuda:
-        compiled = config(backend="eager", mode=None)
+        compiled = config(backend="eager", mode=None, dynamic=False)
         compiled._compile_all_devices = True
+    elif decode == "compiled":
+        compiled = config(mode="reduce-overhead", dynamic=False)
     else:
-        compiled = config(mode="reduce-overhead") if decode == "compiled" else config(backend="cudagraphs", mode=None)
+        compiled = config(backend="cudagraphs", mode=None, dynamic=False)
     cache = StaticCache(config=side.model.config.get_text_config(), max_cache_len=rows)
     return {**cache_for(side.model, cache), "compile_config": compiled}
 

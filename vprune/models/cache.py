@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vprune.errors import VPruneError
+from vprune.models.aside import numbers_on
 
 _NAMES = ("cache", "past_key_values")  # of the argument: from transformers 5.24 on, and before
 
@@ -187,12 +188,6 @@ class LogicalStaticLayer(LogicalLayer):
     cumulative_length: Tensor
     keys: Tensor
 
-    def fitting(self, rows: StoredRows) -> StoredRows:
-        """The same in one shape for every prompt, so that the graph of a decoding step serves the next prompt too."""
-        batch, fits, device = self.keys.shape[0], self.max_cache_len, self.keys.device
-        bias = None if rows.bias is None else widened(rows.bias, batch, fits, 0.0, device)
-        return replace(rows, valid=widened(rows.valid, batch, fits, True, device), bias=bias)
-
     def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
         """Tokens seen, a tensor []."""
         stored: Any = super(LogicalLayer, self).get_seq_length(*args, **kwargs)  # type: ignore[misc]
@@ -259,10 +254,21 @@ def stored_length(cache: Any, number: int = 0) -> int:
     return int(layer.get_seq_length())
 
 
+def fitting(cache: Any, number: int, rows: StoredRows) -> StoredRows:
+    """What is known of the rows of layer `number`, in the form in which a layer of its kind holds it."""
+    layer = cache.layers[number]
+    if not getattr(layer, "is_compileable", False):
+        return rows
+    # In one shape for every prompt, so that the graph of a decoding step serves the next prompt too.
+    batch, fits, device = layer.keys.shape[0], layer.max_cache_len, layer.keys.device
+    bias = None if rows.bias is None else widened(rows.bias, batch, fits, 0.0, device)
+    return replace(rows, valid=widened(rows.valid, batch, fits, True, device), bias=bias)
+
+
 def record_dropped(cache: Any, number: int, dropped: int, rows: StoredRows, stage: int) -> None:
     """Tell a layer that `dropped` of the tokens it has just seen were never stored, and what its rows are.
 
-    `stage` is the layer before which they were dropped last.
+    `rows` as `fitting` makes them; `stage` is the layer before which they were dropped last.
     """
     layer = cache.layers[number]
     if not isinstance(layer, LogicalLayer):
@@ -276,8 +282,7 @@ def record_dropped(cache: Any, number: int, dropped: int, rows: StoredRows, stag
     layer.rows = rows
     layer.history = (*layer.history, stage)
     if isinstance(layer, LogicalStaticLayer):
-        layer.rows = layer.fitting(rows)
-        layer._dropped = torch.tensor(layer.dropped, device=layer.keys.device)
+        layer._dropped = numbers_on(layer.keys.device, (layer.dropped,))[0]
 
 
 def note_newest(cache: Any, newest: Tensor) -> None:
@@ -288,7 +293,7 @@ def note_newest(cache: Any, newest: Tensor) -> None:
         if key not in known:
             stored = stored_length(cache, number)
             after = rows.cropped(stored).continued(stored, newest, None, newest.shape, rows.floor)
-            known[key] = layer.fitting(after) if isinstance(layer, LogicalStaticLayer) else after
+            known[key] = fitting(cache, number, after)
         layer.rows = known[key]
 
 

@@ -12,6 +12,7 @@ from vprune.errors import VPruneError
 from vprune.models.cache import LogicalStaticLayer, StoredRows, logical, note_newest, stored_length, widened
 
 DENSE_BACKENDS = ("eager", "sdpa")
+_LOOKED_AT_ONCE = 2**27  # entries of a mask, at a byte each
 _ADDITIVE_BACKENDS = (*DENSE_BACKENDS, "flex_attention")
 
 
@@ -93,6 +94,24 @@ def padding_mask(mask: Any, seen: int) -> Tensor | None:
         return mask if isinstance(mask, Tensor) else None
     last = mask[:, 0, -1, :seen]
     return last if mask.dtype == torch.bool else last == 0
+
+
+def plainly_causal(mask: Tensor, valid: Tensor) -> Tensor:
+    """Whether a finished mask [B, 1, L, N] over an empty cache of N rows hides what comes later or is padding, alone.
+
+    bool [], on the mask's device; `valid` bool [B, L]: no padding. What padding sees makes no difference. (`generate`
+    finishes such masks for caches of fixed size, and hands on what it was given in place of them.)
+    """
+    batch, _, length, rows = mask.shape
+    seen = torch.nn.functional.pad(valid, (0, rows - length))[:, None, None]
+    columns, step = torch.arange(rows, device=mask.device), max(1, _LOOKED_AT_ONCE // (batch * rows))
+    found = []
+    for first in range(0, length, step):
+        part = slice(first, first + step)
+        own = mask[:, :, part] if mask.dtype == torch.bool else mask[:, :, part] == 0
+        expected = seen & (columns <= columns[part, None][: own.shape[2]])
+        found.append(((own == expected) | ~valid[:, None, part, None]).all())
+    return torch.stack(found).all()
 
 
 def stored_mask(cache: Any, mask: Any, inputs: Tensor, backend: str) -> Tensor | None:

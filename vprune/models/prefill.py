@@ -15,7 +15,7 @@ from vprune.models.anatomy import Anatomy, newline_places, visual_layout
 from vprune.models.aside import fetched, sent
 from vprune.models.breaks import breaks_to_come
 from vprune.models.cache import NOTHING_KNOWN, StoredRows, cache_for, cache_in, is_static, logical, stored_length
-from vprune.models.masks import DENSE_BACKENDS, new_rows_valid, padding_mask
+from vprune.models.masks import DENSE_BACKENDS, new_rows_valid, padding_mask, plainly_causal
 from vprune.records import Prefill, TowerImage, VisualTokens, instruction_rows
 
 
@@ -49,26 +49,44 @@ class Glance:
     """A look at a prompt before the vision tower is in the device's queue: later, the host would wait for the tower.
 
     `kinds` bool [kinds, B, L]: the places of pictures and of videos; `mask`: the caller's, [B, S + L], None if there is
-    none; `on_host` hands over the same on the CPU, where they are on their way. `tell_breaks` tells the places of line
-    breaks, bool [B, L] on the CPU, or None where nobody can yet.
+    none; `on_host` hands over the same on the CPU, where they are on their way, and then whether a mask that came
+    finished is `plainly_causal`. `tell_breaks` tells the places of line breaks, bool [B, L] on the CPU, or None where
+    nobody can yet. `seen`: tokens that the cache has seen.
     """
 
     kinds: Tensor
     mask: Tensor | None
     on_host: Callable[[], Sequence[Tensor | None]]
     tell_breaks: Callable[[Tensor], Tensor | None]
+    seen: int = 0
 
     @classmethod
-    def at(cls, anatomy: Anatomy, kwargs: Mapping[str, Any], kinds: Tensor, mask: Tensor | None) -> Glance:
+    def at(cls, anatomy: Anatomy, kwargs: Mapping[str, Any], kinds: Tensor) -> Glance:
         """Look now at what the model was called with."""
-        return cls(kinds, mask, fetched((kinds, mask)), breaks_to_come(anatomy, kwargs))
+        cache, mask, plain = cache_in(kwargs), kwargs.get("attention_mask"), None
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        finished = next(iter(mask.values())) if isinstance(mask, dict) and len(mask) == 1 else mask
+        if not isinstance(finished, Tensor):
+            mask = None
+        elif finished.ndim == 4 and is_static(cache) and not seen:
+            mask = padding_mask(finished, kinds.shape[-1])
+            plain = plainly_causal(finished, mask)
+        elif finished.ndim != 2:
+            mask = None
+        return cls(kinds, mask, fetched((kinds, mask, plain)), breaks_to_come(anatomy, kwargs), seen)
 
     @property
     def kinds_on_host(self) -> Tensor:
         """`kinds` on the CPU."""
-        kinds, _ = self.on_host()
+        kinds, *_ = self.on_host()
         assert kinds is not None
         return kinds
+
+    @property
+    def plain(self) -> bool:
+        """True where the model was given a finished mask that says no more than `mask` does."""
+        plain = self.on_host()[2]
+        return plain is not None and bool(plain)
 
     @cached_property
     def sees_any(self) -> bool:
@@ -173,9 +191,8 @@ def read_prefill(
     facts = glance.facts_with(mask)
     positions = kwargs.get("position_ids")
     if positions is None:
-        seen = int(cache.get_seq_length()) if cache is not None else 0
-        positions = torch.arange(seen, seen + length, device=device)[None]
-    stored = stored_length(cache)
+        positions = torch.arange(glance.seen, glance.seen + length, device=device)[None]
+    stored = stored_length(cache) if glance.seen else 0
     newlines = glance.breaks
     if newlines is None:
         there = newline_places(anatomy, inputs)
@@ -192,6 +209,7 @@ def read_prefill(
         evidence=evidence,
         cache=cache,
         stored=stored,
+        seen=glance.seen,
         past=_past_rows(cache, mask, stored),
         deepstack=len(kwargs.get("deepstack_visual_embeds") or ()),
         counts=tuple(facts.valid.sum(-1).tolist()),
