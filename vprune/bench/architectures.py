@@ -246,7 +246,8 @@ def visual_rows(model: Any, prompt: Prompt) -> Tensor:
     if prompt.kind == "image":
         found = model.get_image_features(**prompt.pixels).pooler_output
     else:
-        found = model.get_video_features(**prompt.pixels).pooler_output
+        pixels, *more = prompt.pixels.items()  # (releases differ in what they call the first)
+        found = model.get_video_features(pixels[1], **dict(more)).pooler_output
     rows: Tensor = found.flatten(0, -2) if isinstance(found, Tensor) else torch.cat(list(found))
     return rows.reshape(batch, -1, rows.shape[-1])
 
