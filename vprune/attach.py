@@ -30,6 +30,7 @@ from vprune.models.prefill import (
     Glance,
     callers_mask,
     masks_of_model,
+    needs_none,
     read_prefill,
     restored,
     shortened_deepstack,
@@ -277,7 +278,7 @@ class Pruning:
         """The report of a prefill that stayed as it was; read beside the decoder's work, which may be under way."""
         alone = without_cache(kwargs)
         with aside(kwargs["inputs_embeds"].device, moment):
-            read = {**alone, "attention_mask": callers_mask(alone, self._mask)}
+            read = {**alone, "attention_mask": callers_mask(alone, self._mask, glance.seen)}
             prefill = read_prefill(self._anatomy, read, glance, self._tower.images, self.evidence)
             self.evidence = None
             passage = Passage(self.pruner, prefill, None)
@@ -289,7 +290,7 @@ class Pruning:
         """Start the passage of this prefill; if it is shortened before layer 0, exchange the decoder's inputs."""
         fits = fixed_size(cache_in(kwargs))
         own_masks = None if glance.plain else masks_of_model(kwargs, self._mask)
-        read = {**kwargs, "attention_mask": callers_mask(kwargs, self._mask)}
+        read = {**kwargs, "attention_mask": callers_mask(kwargs, self._mask, glance.seen)}
         images, evidence, self.evidence = self._tower.images, self.evidence, None
 
         def described() -> Passage:
@@ -311,13 +312,16 @@ class Pruning:
         layer = logical(prefill.cache)
         valid = short.valid if short.padded else None
         rows = prefill.past.continued(prefill.stored, valid, short.bias, short.index.shape, 0)
+        plain = prefill.cache is not None and not prefill.seen and rows.valid is None and rows.bias is None
         masked: Any
         if passage.masks_every_layer:
             masked = kwargs["attention_mask"]  # each layer gets its own instead
+        elif plain and fits is None:
+            masked = None  # whoever gets a mask reads it on the host, and waits there until all is planned
+        elif plain and needs_none(kwargs.get("attention_mask")):
+            masked = kwargs["attention_mask"]  # what serves a long prompt that is alone in its cache serves a short one
         elif fits is not None:
             masked = layer_mask(rows, prefill.stored, embeds, self._anatomy.backend, fits)
-        elif prefill.cache is not None and not prefill.stored and rows.valid is None and rows.bias is None:
-            masked = None  # whoever gets a mask reads it on the host, and waits there until all is planned
         else:
             # Without a mask and a cache, gaps between positions would read as several packed sequences.
             masked = prefill_mask(

@@ -32,6 +32,33 @@ def test_they_are_where_the_model_puts_them(family: str, kind: str) -> None:
     assert torch.equal(told, there)
 
 
+@pytest.mark.parametrize("kind", PICTURED)
+def test_a_video_ends_with_one(kind: str) -> None:
+    model = build("llava_onevision", torch.float32)
+    inputs = batch("llava_onevision", kind, torch.float32, video=True)
+    told = foretold(model, inputs)
+    there = newline_places(dissect(model), read_prompt(model, inputs).hidden)
+    assert told is not None and there is not None and bool(there.any())
+    assert torch.equal(told, there)
+    frames = inputs["pixel_values_videos"]
+    assert foretold(model, {**inputs, "pixel_values_videos": frames[:, :1]}) is None  # frames that make fewer rows
+    assert foretold(model, {**inputs, "pixel_values_videos": None}) is None
+
+
+def test_pictures_and_videos_of_one_prompt() -> None:
+    model = build("llava_onevision", torch.float32)
+    pictures = batch("llava_onevision", "padded", torch.float32)
+    videos = batch("llava_onevision", "padded", torch.float32, video=True)
+    both = {**pictures, **videos}
+    for name in ("input_ids", "attention_mask"):
+        both[name] = torch.cat([videos[name], pictures[name]], 1)
+    told = foretold(model, both)
+    there = newline_places(dissect(model), read_prompt(model, both).hidden)
+    assert told is not None and there is not None and torch.equal(told, there)
+    assert foretold(model, {**both, "image_sizes": None}) is None
+    assert foretold(model, {**both, "pixel_values_videos": None}) is None
+
+
 @pytest.mark.parametrize("family", LINED)
 def test_nobody_looks_at_the_features(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = build(family, torch.float32), batch(family, "padded", torch.float32)

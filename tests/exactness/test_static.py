@@ -13,7 +13,8 @@ from tests.conftest import build_model
 from tests.exactness.agreement import agree, generate, refused
 from tests.exactness.families import FAMILIES, IMAGE, VIDEO, batch, build
 from tests.exactness.prompts import batch as prompts
-from tests.exactness.test_waits import guarded, unasked
+from tests.exactness.test_waits import device_never_waited_for, guarded, unasked
+from vprune.attach import Pruning
 from vprune.models import masks
 from vprune.models.cache import cache_for
 from vprune.models.masks import plainly_causal
@@ -76,6 +77,37 @@ def test_a_static_cache_is_asked_for_nothing(
         model.generate(**inputs, **told)
         model.generate(**inputs, **told)  # the cache that was kept, reset
     assert len(seen) == 2 and all(one.get_seq_length() == inputs["input_ids"].shape[1] for one in seen)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("graphs", [False, True], ids=["planned", "replayed"])
+@pytest.mark.parametrize("kind", ["single", "padded"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision", "internvl"])
+def test_the_host_never_waits_for_a_static_cache(
+    monkeypatch: pytest.MonkeyPatch, family: str, kind: str, graphs: bool
+) -> None:
+    model = build(family, torch.bfloat16).cuda()
+    inputs = {name: one.cuda() for name, one in batch(family, kind, torch.bfloat16).items()}
+    told = {"max_new_tokens": 2, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    with vprune.prune(model, "attention_max", keep=0.3, graphs=graphs) as pruning:
+        first = model.generate(**inputs, **told)
+        model.generate(**inputs, **told)  # recorded
+        begin, finish = Pruning._begin, Passage.finish
+
+        def begun(self: Pruning, *args: Any) -> Any:
+            assert self._glance is not None and self._glance.facts.alike is not None
+            with device_never_waited_for():
+                return begin(self, *args)
+
+        def finished(self: Passage) -> None:
+            with device_never_waited_for():
+                finish(self)
+
+        monkeypatch.setattr(Pruning, "_begin", begun)
+        monkeypatch.setattr(Passage, "finish", finished)
+        assert torch.equal(model.generate(**inputs, **told), first)
+    assert pruning.last is not None and all(one.tokens_after < one.tokens_before for one in pruning.last)
 
 
 @pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])

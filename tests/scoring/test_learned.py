@@ -52,7 +52,8 @@ def test_it_reads_the_models_own_attention(tiny_vlm: Any, tiny_processor: Any, k
             asked = whole[row, :, int(visual[-1]) + 1 :][..., visual]
             wanted = torch.cat([asked.mean(1), asked.amax(1)])
             torch.testing.assert_close(features.attention[row][:, visual], wanted, rtol=1e-4, atol=1e-7)
-            text = features.text[row][features.text_valid[row]]
+            valid = features.text_valid
+            text = features.text[row] if valid is None else features.text[row][valid[row]]
             assert torch.equal(text, features.hidden[row, int(visual[-1]) + 1 :])
 
 

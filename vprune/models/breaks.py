@@ -23,18 +23,41 @@ def breaks_to_come(anatomy: Anatomy, kwargs: Mapping[str, Any]) -> Callable[[Ten
     `kwargs` of the model's forward. Sizes leave the device here; what is returned is told the places of pictures and of
     videos, bool [kinds, B, L] on the CPU, and asks it for nothing else.
     """
-    if not isinstance(getattr(anatomy.base, "image_newline", None), Tensor) or kwargs.get("image_sizes") is None:
+    if not isinstance(getattr(anatomy.base, "image_newline", None), Tensor):
         return lambda kinds: None
+    frames = kwargs.get("pixel_values_videos")
     told = {name: kwargs.get(name) for name in _NEEDED}
     tensors = {name: one for name, one in told.items() if isinstance(one, Tensor)}
     on_host = fetched(list(tensors.values()))
 
     def tell(kinds: Tensor) -> Tensor | None:
-        if bool(kinds[1:].any()):
-            return None
-        return _packed(anatomy, {**told, **dict(zip(tensors, on_host(), strict=True))}, kinds.any(0))
+        pictures, *videos = kinds
+        found = []
+        if bool(pictures.any()):
+            found.append(_packed(anatomy, {**told, **dict(zip(tensors, on_host(), strict=True))}, pictures))
+        if videos and bool(videos[0].any()):
+            found.append(_behind_videos(anatomy, frames, videos[0]))
+        breaks = torch.zeros_like(pictures)
+        for one in found:
+            if one is None:
+                return None
+            breaks = breaks | one
+        return breaks
 
     return tell
+
+
+def _behind_videos(anatomy: Anatomy, frames: Any, places: Tensor) -> Tensor | None:
+    """One behind each of the videos [V, F, ...] of as many frames, which are halved in both directions."""
+    whole, count = own_size(anatomy), int(places.sum())
+    if whole is None or not isinstance(frames, Tensor) or frames.ndim != 5:
+        return None
+    _, h, w = whole.grid
+    run = frames.shape[1] * -(-h // 2) * -(-w // 2) + 1
+    if count != len(frames) * run:
+        return None  # this model ends videos in no such way
+    flags = (torch.arange(count) + 1) % run == 0
+    return torch.zeros_like(places).masked_scatter(places, flags)
 
 
 def _packed(anatomy: Anatomy, told: Mapping[str, Any], places: Tensor) -> Tensor | None:
@@ -44,7 +67,7 @@ def _packed(anatomy: Anatomy, told: Mapping[str, Any], places: Tensor) -> Tensor
     whole, config = own_size(anatomy), base.config
     if whole is None or count_tiles is None:
         return None
-    try:
+    try:  # (also where sizes are missing)
         sizes = torch.as_tensor(told["image_sizes"])
         numbers = told["batch_num_images"]
         cut = [True] * len(sizes) if numbers is None else [int(n) == 1 for n in numbers for _ in range(int(n))]

@@ -92,6 +92,11 @@ def padding_mask(mask: Any, seen: int) -> Tensor | None:
         mask = next(iter(mask.values()))
     if not isinstance(mask, Tensor) or mask.ndim != 4:
         return mask if isinstance(mask, Tensor) else None
+    return valid_of_finished(mask, seen)
+
+
+def valid_of_finished(mask: Tensor, seen: int) -> Tensor:
+    """What a finished mask [B, 1, Q, N] shows its last query of the first `seen` rows, bool [B, `seen`]."""
     last = mask[:, 0, -1, :seen]
     return last if mask.dtype == torch.bool else last == 0
 

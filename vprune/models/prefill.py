@@ -15,7 +15,7 @@ from vprune.models.anatomy import Anatomy, newline_places, visual_layout
 from vprune.models.aside import fetched, sent
 from vprune.models.breaks import breaks_to_come
 from vprune.models.cache import NOTHING_KNOWN, StoredRows, cache_for, cache_in, is_static, logical, stored_length
-from vprune.models.masks import DENSE_BACKENDS, new_rows_valid, padding_mask, plainly_causal
+from vprune.models.masks import DENSE_BACKENDS, new_rows_valid, padding_mask, plainly_causal, valid_of_finished
 from vprune.records import Prefill, TowerImage, VisualTokens, instruction_rows
 
 
@@ -24,7 +24,8 @@ class Facts:
     """What follows from a prompt's places alone, on the CPU.
 
     `valid` bool [B, L]: no padding; `kinds` bool [kinds, B, L]: places of pictures and of videos; `behind` LongTensor
-    [B, L]: how many valid columns follow; `instruction` as in `Prefill`, and `instruction_sent` on the prompt's device.
+    [B, L]: how many valid columns follow; `instruction` as in `Prefill`, `instruction_sent` on the prompt's device, and
+    whether it is `alike`, as long in every sample.
     """
 
     valid: Tensor
@@ -32,6 +33,7 @@ class Facts:
     behind: Tensor
     instruction: tuple[Tensor, Tensor]
     instruction_sent: tuple[Tensor, Tensor]
+    alike: bool
 
     @classmethod
     def of(cls, kinds: Tensor, mask: Tensor | None, device: torch.device) -> Facts:
@@ -41,7 +43,8 @@ class Facts:
         kinds = kinds & valid
         behind = valid.sum(-1, keepdim=True) - valid.cumsum(-1)
         rows, row_valid = instruction_rows(valid, kinds.any(0))
-        return cls(valid, kinds, behind, (rows, row_valid), (sent(rows, device), sent(row_valid, device)))
+        sent_there = (sent(rows, device), sent(row_valid, device))
+        return cls(valid, kinds, behind, (rows, row_valid), sent_there, bool(row_valid.all()))
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,11 @@ class Glance:
         cache, mask, plain = cache_in(kwargs), kwargs.get("attention_mask"), None
         seen = 0 if cache is None else int(cache.get_seq_length())
         finished = next(iter(mask.values())) if isinstance(mask, dict) and len(mask) == 1 else mask
-        if not isinstance(finished, Tensor):
+        if not (isinstance(mask, Tensor) and mask.ndim == 2):
             mask = None
-        elif finished.ndim == 4 and is_static(cache) and not seen:
-            mask = padding_mask(finished, kinds.shape[-1])
-            plain = plainly_causal(finished, mask)
-        elif finished.ndim != 2:
-            mask = None
+        if isinstance(finished, Tensor) and finished.ndim == 4 and is_static(cache) and not seen:
+            mask = valid = valid_of_finished(finished, kinds.shape[-1])
+            plain = plainly_causal(finished, valid)
         return cls(kinds, mask, fetched((kinds, mask, plain)), breaks_to_come(anatomy, kwargs), seen)
 
     @property
@@ -153,21 +154,29 @@ def masks_of_model(kwargs: dict[str, Any], given_to_model: Tensor | None) -> dic
     """
     mask = kwargs.get("attention_mask")
     if isinstance(mask, dict):
-        return mask if any(one is not None for one in mask.values()) else None
+        return None if needs_none(mask) else mask
     if isinstance(mask, Tensor) and mask.ndim == 4 and (given_to_model is not None or is_static(cache_in(kwargs))):
         return {"all": mask}
     return None
 
 
-def callers_mask(kwargs: dict[str, Any], given_to_model: Tensor | None) -> Any:
-    """The mask of the prompt as the caller passed it, [B, length] or None, whatever was made of it since."""
+def needs_none(mask: Any) -> bool:
+    """True of a finished mask by which every kind of layer does without one: its kernel is told what is causal."""
+    return isinstance(mask, dict) and all(one is None for one in mask.values())
+
+
+def callers_mask(kwargs: dict[str, Any], given_to_model: Tensor | None, seen: int | None = None) -> Any:
+    """The mask of the prompt as the caller passed it, [B, length] or None, whatever was made of it since.
+
+    `seen`: tokens that the cache has seen, None = it is asked.
+    """
     cache = cache_in(kwargs)
     mask, queries = kwargs.get("attention_mask"), kwargs["inputs_embeds"].shape[1]
     finished = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
     if given_to_model is not None and (finished or is_static(cache)):
         return given_to_model
     if queries > 1 and is_static(cache) and not (isinstance(mask, Tensor) and mask.ndim == 2):
-        return padding_mask(mask, int(cache.get_seq_length()) + queries)
+        return padding_mask(mask, (int(cache.get_seq_length()) if seen is None else seen) + queries)
     return None if isinstance(mask, dict) else mask
 
 
@@ -215,6 +224,7 @@ def read_prefill(
         counts=tuple(facts.valid.sum(-1).tolist()),
         instruction=facts.instruction,
         instruction_sent=facts.instruction_sent,
+        alike=facts.alike,
     )
 
 

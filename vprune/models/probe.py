@@ -213,7 +213,7 @@ def layer_attention(prefill: Prefill, layer: int, rows: Tensor | None = None) ->
     decoder: Any = prefill.anatomy.decoder
     chosen: Any = layers[layer]
     with torch.no_grad():
-        hidden, past = prefill.hidden, PastView(prefill.cache) if prefill.cache is not None else None
+        hidden, past = prefill.hidden, PastView(prefill.cache) if prefill.stored else None
         below = layers[first:last]
         rope = rotations(decoder, last, bool(below), hidden, rotary_positions(prefill.positions))
         if len(below):

@@ -14,7 +14,7 @@ from torch import Tensor
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy
 from vprune.models.aside import numbers_on
-from vprune.models.probe import layer_attention, past_bias, stored_and_new_valid
+from vprune.models.probe import keys_valid, layer_attention, past_bias
 from vprune.records import Grid, Prefill, VisualTokens, instruction_rows, rows_at, together
 from vprune.scoring.network import (
     ScorerConfig,
@@ -147,22 +147,23 @@ class Learned:
 class Features:
     """What a scorer reads of a batch: attention [B, 2 H, L], rows [B, L, D], instruction rows [B, R, D], bool [B, R].
 
-    Attention is that of instruction rows at one layer, the mean over them for each head, then the maximum.
+    Attention is that of instruction rows at one layer, the mean over them for each head, then the maximum;
+    `text_valid` is None where no sample has fewer of them than another.
     """
 
     attention: Tensor
     hidden: Tensor
     text: Tensor
-    text_valid: Tensor
+    text_valid: Tensor | None
 
-    def of(self, images: Sequence[VisualTokens], grid: Grid) -> tuple[Tensor, Grid, Tensor, Tensor, Tensor]:
+    def of(self, images: Sequence[VisualTokens], grid: Grid) -> tuple[Tensor, Grid, Tensor, Tensor, Tensor | None]:
         """The arguments of `ScorerNetwork` for images of one grid."""
         device, samples = self.hidden.device, tuple(image.sample for image in images)
         sample = numbers_on(device, samples)
         columns = together([image.columns for image in images]).to(device)
         attention, text, valid = self.attention, self.text, self.text_valid
         if samples != tuple(range(len(text))):
-            attention, text, valid = (part[sample] for part in (attention, text, valid))
+            attention, text, valid = attention[sample], text[sample], None if valid is None else valid[sample]
         maps = attention.gather(2, columns[:, None].expand(-1, attention.shape[1], -1))
         return maps, grid, rows_at(self.hidden, sample, columns).float(), text.float(), valid
 
@@ -180,13 +181,13 @@ def read_features(prefill: Prefill, layer: int, until: Tensor | None = None) -> 
         valid = valid & (torch.arange(valid.shape[1], device=valid.device) < until[:, None])
     rows, row_valid = prefill.instruction_on_device if until is None else instruction_rows(valid, prefill.visual)
     _refuse_silence(prefill, None if until is None else rows[:, 0].tolist())
+    all_valid = until is None and prefill.alike
     caught = layer_attention(prefill, layer, rows)
     batch, heads, _, width = caught.query.shape
     held = caught.key.shape[2]
     stored = held - valid.shape[1]
-    query = caught.query.float()
-    bias = past_bias(prefill)
-    key_valid = stored_and_new_valid(prefill)[:, -held:]
+    query = caught.query.float() * caught.scale
+    bias, key_valid = past_bias(prefill), keys_valid(prefill)
     key = caught.key.float().transpose(-1, -2)
     window = prefill.anatomy.window_of(layer)
     columns = torch.arange(held, device=query.device)
@@ -196,19 +197,22 @@ def read_features(prefill: Prefill, layer: int, until: Tensor | None = None) -> 
     for first in range(0, batch, at_once):
         part = slice(first, first + at_once)
         own = rows[part, None, :, None] + stored
-        allowed = key_valid[part, None, None] & (columns <= own)
+        allowed = columns <= own
+        if key_valid is not None:
+            allowed = allowed & key_valid[part, None, None, -held:]
         if window is not None:
             allowed = allowed & (columns > own - window)
-        allowed = allowed | ~row_valid[part, None, :, None]  # a row that sees nothing would be not-a-number
+        if not all_valid:  # a row that sees nothing would be not-a-number
+            allowed = allowed | ~row_valid[part, None, :, None]
         grouped = query[part].reshape(-1, key.shape[1], heads // key.shape[1] * rows.shape[1], width)
-        logits = (grouped @ key[part]).view(-1, heads, rows.shape[1], held) * caught.scale
+        logits = (grouped @ key[part]).view(-1, heads, rows.shape[1], held)
         if bias is not None:
             logits = logits + bias[part, None, None, -held:]
         weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1)[..., stored:]
-        found.append(attention_statistics(weights, row_valid[part]))
+        found.append(attention_statistics(weights, None if all_valid else row_valid[part]))
     text = prefill.hidden.gather(1, rows[..., None].expand(-1, -1, prefill.hidden.shape[-1]))
     attention = found[0] if len(found) == 1 else torch.cat(found)
-    return Features(attention, prefill.hidden, text, row_valid)
+    return Features(attention, prefill.hidden, text, None if all_valid else row_valid)
 
 
 def _refuse_nonsense(prefill: Prefill, maps: Mapping[int, Tensor]) -> None:

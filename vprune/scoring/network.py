@@ -108,7 +108,8 @@ class Convolution(nn.Module):
             earlier, later = torch.zeros_like(frames), torch.zeros_like(frames)
             earlier[:, 1:], later[:, :-1] = frames[:, :-1], frames[:, 1:]
             y = (frames + earlier * self.frames[0] + later * self.frames[1]).flatten(0, 1)
-        gain, offset = self.norm.weight, self.norm.bias
+        gain: Tensor = self.norm.weight
+        offset: Tensor = self.norm.bias
         if asked is not None:
             scale, shift = (self.question(asked) + self._unscaled).chunk(2, -1)
             gain, offset = (
@@ -249,21 +250,19 @@ class ScorerNetwork(nn.Module, PyTorchModelHubMixin):
 
     def _read(self, visual: Tensor, text: Tensor, valid: Tensor | None) -> tuple[list[Tensor], Tensor]:
         visual, text = (layer_norm(rows, rows.shape[-1:]) for rows in (visual, text))
-        if valid is None:
-            valid = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-        counts = valid[..., None]
-        text = pad(text * counts, (0, 0, 2, 0))
+        text = pad(text if valid is None else text * valid[..., None], (0, 0, 2, 0))
         queries = self.queries(torch.cat([text[:, 2:], text[:, 1:-1], text[:, :-2]], -1))
-        question = (queries * counts).sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp(min=1)
+        question = mean_of_valid(queries, None if valid is None else valid[..., None], 1)
         heads, width = self.config.matches, self.config.match_width
         both = (self.keys, self.contents)  # in one product: the rows are read once
         read = linear(visual, torch.cat([one.weight for one in both]), torch.cat([one.bias for one in both]))
-        keys, contents = read.split([heads * width, self.config.contents], -1)
+        keys, contents = torch.split(read, [heads * width, self.config.contents], -1)
         # (The mean over rows of what they find is what their mean finds.)
-        asking = torch.cat([question, queries], 1).unflatten(-1, (heads, width)).transpose(1, 2) / width**0.5
-        found = asking @ keys.unflatten(-1, (heads, width)).permute(0, 2, 3, 1)
-        best = found[:, :, 1:].masked_fill(~valid[:, None, :, None], -1e4).amax(2)
-        return [contents, found[:, :, 0].transpose(1, 2), best.transpose(1, 2)], silu(self.question(question[:, 0]))
+        asking = torch.cat([question, queries], 1).view(len(text), -1, heads, width).transpose(1, 2) / width**0.5
+        found = asking @ keys.view(*keys.shape[:2], heads, width).permute(0, 2, 3, 1)
+        ones = found[:, :, 1:] if valid is None else found[:, :, 1:].masked_fill(~valid[:, None, :, None], -1e4)
+        channels = [contents, found[:, :, 0].transpose(1, 2), ones.amax(2).transpose(1, 2)]
+        return channels, silu(self.question(question[:, 0]))
 
     def price_of(self, keep: float) -> float | None:
         """What a token must be worth where `keep` of all tokens stay; None where every question gets `keep`.
@@ -327,11 +326,18 @@ def scorer_folder(folder: str | Path, option: str = "checkpoint") -> Path:
     return folder
 
 
-def attention_statistics(weights: Tensor, row_valid: Tensor) -> Tensor:
-    """Mean and maximum over instruction rows: [B, H, R, N], bool [B, R] -> [B, 2 H, N]."""
-    valid = row_valid[:, None, :, None]
-    counted = weights * valid
-    return torch.cat([counted.sum(2) / valid.sum(2).clamp(min=1), counted.amax(2)], 1)
+def mean_of_valid(rows: Tensor, valid: Tensor | None, dim: int) -> Tensor:
+    """The mean over the rows along `dim` that are valid (bool, 1 where a dimension is not theirs; None = all)."""
+    if valid is None:
+        return rows.mean(dim, keepdim=True)
+    return (rows * valid).sum(dim, keepdim=True) / valid.sum(dim, keepdim=True).clamp(min=1)
+
+
+def attention_statistics(weights: Tensor, row_valid: Tensor | None) -> Tensor:
+    """Mean and maximum over instruction rows: [B, H, R, N], bool [B, R] (None = all) -> [B, 2 H, N]."""
+    valid = None if row_valid is None else row_valid[:, None, :, None]
+    largest = (weights if valid is None else weights * valid).amax(2)
+    return torch.cat([mean_of_valid(weights, valid, 2).squeeze(2), largest], 1)
 
 
 def same_grid(grids: Sequence[Grid]) -> dict[Grid, list[int]]:
