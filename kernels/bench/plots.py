@@ -26,6 +26,7 @@ GREY, DARK = "#9aa5b1", "#22313f"
 PANEL = {"prefill": "prefill of the decoder", "first_token": "first token, tower included"}
 
 WHO = ("model", "method")
+STEPS = ("end_to_end", "decode_token")
 
 Record = dict[str, Any]
 
@@ -212,8 +213,12 @@ def tables(
     models: Sequence[Measured],
     segmented: Sequence[Measured] = (),
     automatic: Sequence[Measured] = (),
+    whole: bool = True,
 ) -> str:
-    """Markdown: every operation, every measure that has a bound, the stages of a segmentation, and its rival."""
+    """Markdown: every operation, every measure that has a bound, the stages of a segmentation, and its rival.
+
+    `whole`: with prefills that no bound was set for, and with answers decoded eagerly, whose steps wait for the host.
+    """
     parts = []
     for one in kernels:
         head = f"Operations, {one.where}; above 1 they are faster than the copy, or than torch:"
@@ -227,13 +232,18 @@ def tables(
                 )
         parts.append("\n".join(lines))
     for one in models:
-        name, method = one.rows[0]["model"], one.rows[0]["method"]
-        lines = [f"{name}, `{method}`, {one.where}; above 1x is faster (or smaller) than the unpruned model:", ""]
+        rows = [row for row in one.rows if row["bound"] or (whole and row["measure"] == "prefill")]
+        rows = [row for row in rows if whole or row["decode"] != "eager" or row["measure"] not in STEPS]
+        if not rows:
+            continue
+        name, method, decode = (one.rows[0][key] for key in ("model", "method", "decode"))
+        way = "" if decode == "eager" else f", decoding {'compiled' if decode == 'compiled' else 'as CUDA graphs'}"
+        lines = [f"{name}, `{method}`{way}, {one.where}; above 1x is faster (or smaller) than the unpruned model:", ""]
         lines += [
             "| | samples x visual tokens | kept | unpruned | pruned | speed-up | oracle | of the oracle | asked |"
         ]
         lines += ["|---|---:|---:|---:|---:|---:|---:|---:|---|"]
-        lines += [model_line(row) for row in one.rows if row["bound"] and row["pruned"] is not None]
+        lines += [model_line(row) for row in rows if row["pruned"] is not None]
         parts.append("\n".join(lines))
     parts += ["\n".join(stage_lines(one)) for one in segmented]
     parts += ["\n".join(rival_lines(one)) for one in automatic]
@@ -282,8 +292,8 @@ def model_line(row: Record) -> str:
     name = str(row["measure"]).replace("_", " ")
     if row["new_tokens"]:
         name += f", {row['new_tokens']:.0f} new"
-    if row["decode"] != "eager":
-        name += f" ({row['decode']})"
+    if row["kind"] == "video":
+        name += " of a video"
     scale, unit = (2**20, "MiB") if row["unit"] == "bytes" else (1, "ms")
     before = f"{row['unpruned'] / scale:.1f} {unit}" if row["unpruned"] is not None else "-"
     faster, ideal, quotient = (
@@ -293,7 +303,7 @@ def model_line(row: Record) -> str:
         faster, ideal, quotient = f"{row['share']:.2%} of the prefill", "-", "-"
     elif row["quotient"] is not None:
         quotient = f"{row['quotient']:.3f} [{row['quotient_p25']:.3f} {row['quotient_p75']:.3f}]"
-    asked = str(row["bound"]).replace("_", " ") + (" ✓" if row["met"] else " ✗")
+    asked = str(row["bound"]).replace("_", " ") + (" ✓" if row["met"] else " ✗") if row["bound"] else ""
     return (
         f"| {name} | {row['batch']:.0f} x {row['tokens']:,.0f} | {row['keep']:.0%} | {before} | "
         f"{row['pruned'] / scale:.1f} {unit} | {faster} | {ideal} | {quotient} | {asked} |"
@@ -334,7 +344,10 @@ def main() -> None:
     text = tables(kernels, models, segmented, automatic)
     (options.results / "tables.md").write_text(text, encoding="utf-8")
     if options.readme is not None:
-        options.readme.write_text(put_between_marks(options.readme.read_text(encoding="utf-8"), text), encoding="utf-8")
+        asked = [one for one in models if one.rows[0]["model"] == "onevision-7b"]
+        asked_for = tables(kernels, asked, segmented, automatic, whole=False)
+        readme = options.readme.read_text(encoding="utf-8")
+        options.readme.write_text(put_between_marks(readme, asked_for), encoding="utf-8")
     print(text, end="")
 
 
