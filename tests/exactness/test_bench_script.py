@@ -1,4 +1,4 @@
-"""The script that measures the hooks on a GPU runs on a CPU too, and what it says of pruning is true there."""
+"""The scripts that measure on a GPU run on a CPU too, and what they say of pruning is true there."""
 
 from __future__ import annotations
 
@@ -29,3 +29,13 @@ def test_the_hooks_are_measured(family: str, tmp_path: Path) -> None:
     as_unhooked = {name for name, row in cases.items() if row["logits_as_unhooked"]}
     assert as_unhooked == {"unhooked", "uniform keep=1", "attention keep=1"}
     assert cases["uniform keep=0.1"]["cache_bytes"] < cases["unhooked"]["cache_bytes"]
+
+
+def test_the_embedded_model_is_timed(tmp_path: Path) -> None:
+    words = ["--repeats", "1", "--batch", "2", "--threads", "1", "--methods", "learned", "--device", "cpu"]
+    script = [sys.executable, "kernels/bench/embedded.py", *words, "--out", tmp_path / "embedded.json"]
+    subprocess.run(script, cwd=ROOT, env={**os.environ, "PYTHONPATH": "."}, check=True, stdout=subprocess.PIPE)
+    (row,) = json.loads((tmp_path / "embedded.json").read_text(encoding="utf-8"))["rows"]
+    assert (row["method"], row["batch"], row["threads"]) == ("learned", 2, 1)
+    assert 0 < row["plan"] < row["prefill"] < row["unpruned"] < row["unpruned_answer"]
+    assert row["prefill"] < row["answer"]
