@@ -36,6 +36,7 @@ from vprune.models.prefill import (
     shortened_deepstack,
     with_cache,
 )
+from vprune.models.probe import find_out
 from vprune.models.tower import TowerWatch
 from vprune.passage import Passage, cache_layer_masks
 from vprune.pruner import Pruner, Resize, load_method
@@ -112,6 +113,8 @@ class Pruning:
         refuse_layers([pruner.layer, getattr(pruner.scorer, "layer", None)], len(self._anatomy.layers))
         self.pruner = pruner = pruner.fitted(len(self._anatomy.layers)).bound(self._anatomy)
         scorer = pruner.scorer
+        for layer in {0, *(layer for layer, _ in pruner.schedule), getattr(scorer, "layer", None) or 0}:
+            find_out(self._anatomy.decoder, getattr(self._anatomy.layers[layer], "self_attn", None), layer)
         if graphs and not replayable(pruner):
             raise VPruneError(
                 f"graphs=True: the plans of method={pruner.name or type(pruner).__name__} cannot be replayed, since "

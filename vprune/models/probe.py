@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 from inspect import signature
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -166,6 +167,49 @@ def _separable(attention: Any) -> bool:
     )
 
 
+_PLAIN: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
+"""Scales of attention layers that were seen to do nothing but project and rotate, see `find_out`."""
+
+
+def find_out(decoder: Any, attention: Any, layer: int) -> None:
+    """See whether an attention layer does nothing to queries and keys but project and rotate them; the device is asked.
+
+    Such a layer need not be called to learn them: W_q x and W_k x, head by head x * cos + (-x_2, x_1) * sin of their
+    halves x_1 and x_2 (RoPE, arXiv 2104.09864). It is tried on three rows, and has to agree to the last bit.
+    """
+    _PLAIN.pop(attention, None)
+    parts = [getattr(attention, name, None) for name in ("q_proj", "k_proj")]
+    if not all(type(part) is nn.Linear and _as_loaded(part) and not part.weight.is_meta for part in parts):
+        return
+    weight: Tensor = attention.q_proj.weight
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, 3, weight.shape[1], generator=draw, device="cpu").to(weight)
+    try:
+        with torch.no_grad():
+            rope = rotations(decoder, layer, False, rows, torch.tensor([[1, 5, 11]], device=rows.device))
+            told = capture(attention, hidden_states=rows, attention_mask=None, position_embeddings=rope)
+            query, key = (_heads(attention, part(rows), rope) for part in (attention.q_proj, attention.k_proj))
+            alike = torch.equal(told.query, query) and torch.equal(told.key, key)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError, VPruneError):
+        return  # it wants other positions, or rotates in another way: it will be called
+    if alike:
+        _PLAIN[attention] = told.scale
+
+
+def _heads(attention: Any, projected: Tensor, rope: Any) -> Tensor:
+    """Rows [B, N, H * D] as rotated heads [B, H, N, D]; rope: cos and sin, [B or 1, N, D] each."""
+    x = projected.view(*projected.shape[:2], -1, attention.head_dim)
+    cos, sin = (part[:, :, None] for part in rope)
+    first, second = x.chunk(2, -1)
+    rotated: Tensor = x * cos + torch.cat([-second, first], -1) * sin
+    return rotated.transpose(1, 2)
+
+
+def _is_plain(attention: Any, rope: Any) -> bool:
+    free = not (attention._forward_pre_hooks or hasattr(attention, "_hf_hook"))
+    return attention in _PLAIN and free and isinstance(rope, tuple) and all(part.ndim == 3 for part in rope)
+
+
 def _rows_of(tensor: Tensor, rows: Tensor) -> Tensor:
     """Rows LongTensor [B, R] of the last dimension but one of a tensor [..., 1 or B, N, D]."""
     rows = rows.to(tensor.device)[..., None].expand(-1, -1, tensor.shape[-1])
@@ -178,6 +222,11 @@ def _some_queries(
 ) -> Captured:
     """`capture` behind a norm of each row, with queries of some rows only, LongTensor [B, R]."""
     given = {"attention_mask": None, "position_embeddings": rope}
+    if not past and _is_plain(attention, rope):
+        key = _heads(attention, projected_keys(norm, attention.k_proj, hidden), rope)
+        some = tuple(_rows_of(part, rows) for part in rope)
+        query = _heads(attention, attention.q_proj(norm(_rows_of(hidden, rows))), some)
+        return Captured(query, key, _PLAIN[attention])
     if rows.shape[1] >= hidden.shape[1] or not _separable(attention) or not isinstance(rope, tuple):
         caught = capture(attention, hidden_states=norm(hidden), **given, **past)
         index = rows.to(caught.query.device)[:, None, :, None].expand(
@@ -230,7 +279,7 @@ def layer_attention(prefill: Prefill, layer: int, rows: Tensor | None = None) ->
                         **cache_for(module, past),
                     )
                     hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        stored = cache_for(chosen.self_attn, past)
+        stored = cache_for(chosen.self_attn, past) if past is not None else {}
         if rows is None:
             given = {"attention_mask": None, "position_embeddings": rope}
             caught = capture(chosen.self_attn, hidden_states=chosen.input_layernorm(hidden), **given, **stored)
