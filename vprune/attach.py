@@ -113,7 +113,8 @@ class Pruning:
         refuse_layers([pruner.layer, getattr(pruner.scorer, "layer", None)], len(self._anatomy.layers))
         self.pruner = pruner = pruner.fitted(len(self._anatomy.layers)).bound(self._anatomy)
         scorer = pruner.scorer
-        for layer in {0, *(layer for layer, _ in pruner.schedule), getattr(scorer, "layer", None) or 0}:
+        looked_at = {0, *(layer for layer, _ in pruner.schedule), getattr(scorer, "layer", None) or 0}
+        for layer in looked_at & set(range(len(self._anatomy.layers))):
             find_out(self._anatomy.decoder, getattr(self._anatomy.layers[layer], "self_attn", None), layer)
         if graphs and not replayable(pruner):
             raise VPruneError(
