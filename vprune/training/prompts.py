@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -177,6 +178,8 @@ class Painted:
         loader: Any = DataLoader(
             self._stream, batch_size=None, num_workers=self.workers, prefetch_factor=4 if self.workers else None
         )
+        if self.workers:
+            gc.collect()  # what is left of earlier loaders would be inherited, and complain in every worker
         drawn = iter(loader)
         if self.device.type == "cpu":
             while True:
