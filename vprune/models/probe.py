@@ -177,7 +177,7 @@ def find_out(decoder: Any, attention: Any, layer: int) -> None:
     Such a layer need not be called to learn them: W_q x and W_k x, head by head x * cos + (-x_2, x_1) * sin of their
     halves x_1 and x_2 (RoPE, arXiv 2104.09864). It is tried on three rows, and has to agree to the last bit.
     """
-    if not isinstance(attention, nn.Module):
+    if attention is None:
         return  # a layer of another kind
     _PLAIN.pop(attention, None)
     parts = [getattr(attention, name, None) for name in ("q_proj", "k_proj")]
