@@ -192,7 +192,7 @@ def find_out(decoder: Any, attention: Any, layer: int) -> None:
             told = capture(attention, hidden_states=rows, attention_mask=None, position_embeddings=rope)
             query, key = (_heads(attention, part(rows), rope) for part in (attention.q_proj, attention.k_proj))
             alike = torch.equal(told.query, query) and torch.equal(told.key, key)
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError, VPruneError):
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, VPruneError):
         return  # it wants other positions, or rotates in another way: it will be called
     if alike:
         _PLAIN[attention] = told.scale
