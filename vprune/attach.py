@@ -36,7 +36,7 @@ from vprune.models.prefill import (
     shortened_deepstack,
     with_cache,
 )
-from vprune.models.probe import find_out
+from vprune.models.probe import note_if_plain
 from vprune.models.tower import TowerWatch
 from vprune.passage import Passage, cache_layer_masks
 from vprune.pruner import Pruner, Resize, load_method
@@ -115,7 +115,7 @@ class Pruning:
         scorer = pruner.scorer
         looked_at = {0, *(layer for layer, _ in pruner.schedule), getattr(scorer, "layer", None) or 0}
         for layer in looked_at & set(range(len(self._anatomy.layers))):
-            find_out(self._anatomy.decoder, getattr(self._anatomy.layers[layer], "self_attn", None), layer)
+            note_if_plain(self._anatomy.decoder, getattr(self._anatomy.layers[layer], "self_attn", None), layer)
         if graphs and not replayable(pruner):
             raise VPruneError(
                 f"graphs=True: the plans of method={pruner.name or type(pruner).__name__} cannot be replayed, since "

@@ -214,8 +214,8 @@ class Prefill:
 
     What the host knows without asking the device: `counts`, how many columns of each row are no padding, and
     `instruction`, which hold the text after the last visual token, (LongTensor [B, R], bool [B, R]: the second False
-    beyond a row's own number), on the CPU; `instruction_sent` is a copy that was sent to the device early, and `alike`
-    tells that it is as long in every row.
+    beyond a row's own number), on the CPU; `instruction_sent` is a copy that was sent to the device early, and
+    `instruction_full` tells that it is as long in every row.
     """
 
     anatomy: Anatomy
@@ -236,7 +236,7 @@ class Prefill:
     counts: tuple[int, ...] = ()
     instruction: tuple[Tensor, Tensor] | None = None
     instruction_sent: tuple[Tensor, Tensor] | None = None
-    alike: bool = False
+    instruction_full: bool = False
 
     @property
     def instruction_on_device(self) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from PIL import Image
 
 import vprune
 from vprune.bench.passes import sharing
+from vprune.errors import VPruneError
 from vprune.eval.environment import describe
 from vprune.eval.models import ModelChoice, load
 from vprune.models.anatomy import dissect
@@ -32,7 +33,11 @@ KEEP = 0.1
 
 
 def prompts(processor: Any, count: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """The first `count` questions of the benchmark that are as long as the first, as one batch."""
+    """The first `count` questions of the benchmark that are as long as the first, as one batch.
+
+    Raises:
+        VPruneError: there are not so many.
+    """
     lines = (SCENES / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     texts: list[str] = []
     images: list[Image.Image] = []
@@ -40,12 +45,15 @@ def prompts(processor: Any, count: int, device: torch.device) -> dict[str, torch
     for sample in map(json.loads, lines):
         content = [{"type": "image"}, {"type": "text", "text": sample["question"]}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        length = length or len(processor.tokenizer(text).input_ids)
-        if len(processor.tokenizer(text).input_ids) == length:
+        tokens = len(processor.tokenizer(text).input_ids)
+        length = length or tokens
+        if tokens == length:
             texts.append(text)
             images.append(Image.open(SCENES / sample["image"]).convert("RGB"))
         if len(texts) == count:
             break
+    if len(texts) < count:
+        raise VPruneError(f"batch={count}: only {len(texts)} questions of the benchmark are as long as its first")
     return dict(processor(images=images, text=texts, return_tensors="pt").to(device))
 
 
@@ -123,7 +131,7 @@ def main() -> None:
             for method in options.methods.split(","):
                 repeats = max(3, options.repeats // (1 if count == 1 else 3))
                 one = measured(loaded.model, inputs, method, repeats, options.graphs)
-                rows.append({"method": method, "batch": len(inputs["input_ids"]), "threads": threads, **one})
+                rows.append({"method": method, "batch": count, "threads": threads, **one})
                 print(
                     f"{method:<14} {count} x 576, {threads} threads: plan {one['plan']:.2f}, "
                     f"{one['plan'] / one['unpruned']:.2%}; prefill {one['prefill']:.1f}, {one['unpruned']:.1f}, "

@@ -333,6 +333,7 @@ def main() -> None:
     found = [read(path.parent) for path in sorted(options.results.glob("*/bench.csv"))]
     kernels = [one for one in found if one.rows and "op" in one.rows[0]]
     models = [one for one in found if one.rows and "measure" in one.rows[0]]
+    models.sort(key=lambda one: one.rows[0]["decode"] != "eager")  # prefills first
     segmented = [one for one in found if one.rows and "stage" in one.rows[0]]
     automatic = [one for one in found if one.rows and "side" in one.rows[0]]
     if not (kernels or models or segmented or automatic):

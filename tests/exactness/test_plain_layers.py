@@ -11,7 +11,7 @@ import vprune
 from tests.exactness.families import FAMILIES, batch, build
 from vprune.models import probe
 from vprune.models.anatomy import dissect
-from vprune.models.probe import find_out, layer_attention
+from vprune.models.probe import layer_attention, note_if_plain
 from vprune.training.prompts import read_prompt
 
 NORMED = ("qwen3_vl", "gemma3")  # queries and keys are normed head by head, too
@@ -32,7 +32,7 @@ def test_it_is_what_a_call_tells(family: str, kind: str, dtype: torch.dtype) -> 
     rows, _ = prefill.instruction_on_device
     probe._PLAIN.pop(attention, None)
     called = layer_attention(prefill, 0, rows)
-    find_out(decoder, attention, 0)
+    note_if_plain(decoder, attention, 0)
     told = layer_attention(prefill, 0, rows)
     assert torch.equal(told.query, called.query) and torch.equal(told.key, called.key) and told.scale == called.scale
 
@@ -76,7 +76,7 @@ def test_one_that_was_changed_is_called(change: str, monkeypatch: pytest.MonkeyP
         attention.__class__ = type(
             "Scaled", (own,), {"forward": lambda self, rows, *a, **k: own.forward(self, rows * 2)}
         )
-    find_out(decoder, attention, 0)
+    note_if_plain(decoder, attention, 0)
     if change == "hook on the layer":
         assert attention in probe._PLAIN
         attention.register_forward_pre_hook(lambda *_: None)

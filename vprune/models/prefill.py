@@ -25,7 +25,7 @@ class Facts:
 
     `valid` bool [B, L]: no padding; `kinds` bool [kinds, B, L]: places of pictures and of videos; `behind` LongTensor
     [B, L]: how many valid columns follow; `instruction` as in `Prefill`, `instruction_sent` on the prompt's device, and
-    whether it is `alike`, as long in every sample.
+    whether it is `full`, as long in every sample.
     """
 
     valid: Tensor
@@ -33,7 +33,7 @@ class Facts:
     behind: Tensor
     instruction: tuple[Tensor, Tensor]
     instruction_sent: tuple[Tensor, Tensor]
-    alike: bool
+    full: bool
 
     @classmethod
     def of(cls, kinds: Tensor, mask: Tensor | None, device: torch.device) -> Facts:
@@ -224,7 +224,7 @@ def read_prefill(
         counts=tuple(facts.valid.sum(-1).tolist()),
         instruction=facts.instruction,
         instruction_sent=facts.instruction_sent,
-        alike=facts.alike,
+        instruction_full=facts.full,
     )
 
 

@@ -168,11 +168,11 @@ def _separable(attention: Any) -> bool:
 
 
 _PLAIN: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
-"""Scales of attention layers that were seen to do nothing but project and rotate, see `find_out`."""
+"""Scales of attention layers that were seen to do nothing but project and rotate, see `note_if_plain`."""
 
 
-def find_out(decoder: Any, attention: Any, layer: int) -> None:
-    """See whether an attention layer does nothing to queries and keys but project and rotate them; the device is asked.
+def note_if_plain(decoder: Any, attention: Any, layer: int) -> None:
+    """Note of an attention layer if it does nothing to queries and keys but project and rotate them; asks the device.
 
     Such a layer need not be called to learn them: W_q x and W_k x, head by head x * cos + (-x_2, x_1) * sin of their
     halves x_1 and x_2 (RoPE, arXiv 2104.09864). It is tried on three rows, and has to agree to the last bit.

@@ -181,7 +181,7 @@ def read_features(prefill: Prefill, layer: int, until: Tensor | None = None) -> 
         valid = valid & (torch.arange(valid.shape[1], device=valid.device) < until[:, None])
     rows, row_valid = prefill.instruction_on_device if until is None else instruction_rows(valid, prefill.visual)
     _refuse_silence(prefill, None if until is None else rows[:, 0].tolist())
-    all_valid = until is None and prefill.alike
+    all_valid = until is None and prefill.instruction_full
     caught = layer_attention(prefill, layer, rows)
     batch, heads, _, width = caught.query.shape
     held = caught.key.shape[2]

@@ -97,7 +97,6 @@ class Convolution(nn.Module):
         self.question = nn.Linear(before, 2 * before)
         nn.init.zeros_(self.question.weight)
         nn.init.zeros_(self.question.bias)
-        self._unscaled = nn.Buffer(torch.cat([torch.ones(before), torch.zeros(before)]), persistent=False)
         self.residual = before == after
 
     def forward(self, x: Tensor, asked: Tensor | None, grid: Grid) -> Tensor:
@@ -111,7 +110,8 @@ class Convolution(nn.Module):
         gain: Tensor = self.norm.weight
         offset: Tensor = self.norm.bias
         if asked is not None:
-            scale, shift = (self.question(asked) + self._unscaled).chunk(2, -1)
+            more, shift = self.question(asked).chunk(2, -1)
+            scale = 1 + more
             gain, offset = (
                 one[:, None, None] if grid[0] == 1 else one.repeat_interleave(grid[0], 0)[:, None, None]
                 for one in (scale * gain, torch.addcmul(shift, scale, offset))
