@@ -15,8 +15,9 @@ from vprune.budgets import Budget, count_of
 from vprune.errors import VPruneError
 from vprune.method_files import method_label, read_method
 from vprune.models.anatomy import Anatomy
-from vprune.models.aside import numbers_on, sent
-from vprune.records import Grid, Prefill, Selection, VisualTokens, rows_at, together
+from vprune.models.aside import sent
+from vprune.places import rows_of
+from vprune.records import Grid, Prefill, Selection, VisualTokens, together
 from vprune.recycling import Absorption, Recycler, pool_cells, representatives
 from vprune.scoring import Scorer
 from vprune.selection import Ranking, Selector, TopK, cell_of_token, cells_within, frame_by_frame
@@ -189,9 +190,7 @@ class Pruner:
             importance = None if importance is None else importance.gather(-1, standing.kept)
         plan = self._recycler.plan(ranking, grid, budget, importance, standing, self.budget == "frame")
         if isinstance(plan, Absorption):
-            columns = together([image.columns.to(device) for image in images])
-            samples = numbers_on(device, tuple(image.sample for image in images))
-            plan = plan.settled(rows_at(prefill.hidden, samples, columns))
+            plan = plan.settled(rows_of(prefill.hidden, images))
         return plan.unbind()
 
 

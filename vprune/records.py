@@ -29,12 +29,6 @@ def together(parts: Sequence[Tensor]) -> Tensor:
     return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
 
 
-def rows_at(hidden: Tensor, samples: Tensor, columns: Tensor) -> Tensor:
-    """The rows [I, N, D] of hidden [B, L, D] in samples LongTensor [I], at columns LongTensor [I, N]."""
-    places = columns + samples[:, None] * hidden.shape[1]
-    return hidden.flatten(0, 1).index_select(0, places.flatten()).view(*columns.shape, -1)
-
-
 @dataclass(frozen=True)
 class Selection:
     """Which rows stand for an image's N visual tokens after pruning.
@@ -43,8 +37,8 @@ class Selection:
     LongTensor [N]: for every token the row (0..K-1) that now stands for it, -1 = dropped, None when those kept stand
     for themselves alone; `shares` [N]: its share in that row, one in total per row, None when every row is the token
     that stands there, untouched; `counted` LongTensor [K]: how many tokens each row stands for, None = one; `mass`
-    float [K], at least 1: what each counts where sizes do in attention, None = its size. All on one device; images
-    alike may share one selection, [I, K] and [I, N].
+    float [K], at least 1: what each counts where sizes do in attention, None = its size; `whole`: no token is dropped,
+    as the host knows. All on one device; images alike may share one selection, [I, K] and [I, N].
     """
 
     kept: Tensor
@@ -53,6 +47,7 @@ class Selection:
     shares: Tensor | None = None
     counted: Tensor | None = None
     mass: Tensor | None = None
+    whole: bool = False
 
     @property
     def is_identity(self) -> bool:
@@ -91,24 +86,29 @@ class Selection:
 
     @classmethod
     def grouped(
-        cls, kept: Tensor, source: Tensor, sizes: Tensor | None = None, shares: Tensor | None = None
+        cls,
+        kept: Tensor,
+        source: Tensor,
+        sizes: Tensor | None = None,
+        shares: Tensor | None = None,
+        whole: bool = False,
     ) -> Selection:
         """The selection whose row r, standing at `kept[r]`, is the mean of the tokens with `source == r`.
 
         `sizes` LongTensor [N]: how many tokens each of them stands for already, None = itself. `shares` [N]: what each
         token counts in its mean beside its size, None = the same; negative and not-a-number count nothing, and where
-        all of a row do, they count the same.
+        all of a row do, they count the same. `whole`: no source is below 0.
         """
         own = torch.ones_like(source) if sizes is None else sizes
-        row = source.clamp(min=0)
-        own = torch.where(source >= 0, own, 0)
+        row = source if whole else source.clamp(min=0)
+        own = own if whole else torch.where(source >= 0, own, 0)
         total = torch.zeros_like(kept).scatter_add_(-1, row, own)
         weights = own.to(torch.float64) / total.gather(-1, row)
         if shares is not None:
             counted = own * shares.to(torch.float64).nan_to_num(0.0, 0.0, 0.0).clamp(min=0.0)
             sums = torch.zeros_like(kept, dtype=torch.float64).scatter_add_(-1, row, counted).gather(-1, row)
             weights = torch.where(sums > 0, counted / sums.clamp(min=1e-300), weights)
-        return cls(kept, source.shape[-1], source, weights, total)
+        return cls(kept, source.shape[-1], source, weights, total, whole=whole)
 
     def then(self, later: Selection) -> Selection:
         """Follow this selection by another one of the rows that it left."""
@@ -133,7 +133,7 @@ class Selection:
         joined, shares, counted, mass = (
             None if part is None else change(part) for part in (self.joined, self.shares, self.counted, self.mass)
         )
-        return Selection(change(self.kept), self.tokens, joined, shares, counted, mass)
+        return Selection(change(self.kept), self.tokens, joined, shares, counted, mass, self.whole)
 
     @classmethod
     def stacked(cls, selections: Sequence[Selection]) -> Selection:
@@ -150,7 +150,7 @@ class Selection:
                 [one.mass for one in selections if one.mass is not None],
             )
         )
-        return cls(kept, source.shape[-1], source, shares, sizes, mass)
+        return cls(kept, source.shape[-1], source, shares, sizes, mass, all(one.whole for one in selections))
 
     def unbind(self) -> list[Selection]:
         """The selections of the single images of [I, K] and [I, N]."""
@@ -164,7 +164,8 @@ class VisualTokens:
     `columns` holds their places in that row (LongTensor [N], ascending), `origin` the image's place among the images
     the vision tower encoded (beams repeat an image, the tower sees it once), -1 where the tower was not watched.
     `picture` is the same for the tiles of one picture. `standing` tells what earlier stages left of the image (columns
-    are then [K]), None = all of it. `after` counts the tokens of its row behind the last one of it.
+    are then [K]), None = all of it. `after` counts the tokens of its row behind the last one of it; `start` is the
+    first of its columns where they lie side by side, -1 where they do not, or the host does not know.
     """
 
     sample: int
@@ -175,6 +176,7 @@ class VisualTokens:
     picture: int = -1
     standing: Selection | None = None
     after: int = 0
+    start: int = -1
 
     def __len__(self) -> int:
         return int(self.columns.numel())
@@ -215,7 +217,7 @@ class Prefill:
     What the host knows without asking the device: `counts`, how many columns of each row are no padding, and
     `instruction`, which hold the text after the last visual token, (LongTensor [B, R], bool [B, R]: the second False
     beyond a row's own number), on the CPU; `instruction_sent` is a copy that was sent to the device early, and
-    `instruction_full` tells that it is as long in every row.
+    `instruction_tail` is R where it is the last R columns of every row, else 0.
     """
 
     anatomy: Anatomy
@@ -236,7 +238,7 @@ class Prefill:
     counts: tuple[int, ...] = ()
     instruction: tuple[Tensor, Tensor] | None = None
     instruction_sent: tuple[Tensor, Tensor] | None = None
-    instruction_full: bool = False
+    instruction_tail: int = 0
 
     @property
     def instruction_on_device(self) -> tuple[Tensor, Tensor]:

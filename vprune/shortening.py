@@ -135,7 +135,7 @@ def shorten_batch(prefill: Prefill, selections: Sequence[Selection], size_aware:
         for number, own in zip(numbers, new.unbind(), strict=True):
             image, selection = images[number], selections[number]
             standing = selection if image.standing is None else image.standing.then(selection)
-            images[number] = replace(image, columns=own, standing=standing)
+            images[number] = replace(image, columns=own, standing=standing, start=-1)
             tail = tail if one.is_identity else min(tail, image.after)
     bias = None if bias is None else bias.view(batch, width)
     return Shortening(index, tuple(counts), tail, merges, bias, images)
@@ -143,12 +143,14 @@ def shorten_batch(prefill: Prefill, selections: Sequence[Selection], size_aware:
 
 def _merges(selection: Selection, shares: Tensor, places: Tensor, targets: Tensor) -> Merges:
     """The rows of images alike, [I, K], as sums of the tokens that they stand for; a row of one token is that token."""
-    last = selection.kept.shape[1] - 1
-    dropped = selection.source < 0
-    # What is dropped joins the sum that is last, with no weight and in the guise of the token that stands there.
-    row = torch.where(dropped, last, selection.source)
-    places = torch.where(dropped, places.gather(1, selection.kept[:, -1:]), places)
+    row = selection.source
+    if not selection.whole:
+        # What is dropped joins the sum that is last, with no weight and in the guise of the token that stands there.
+        dropped = row < 0
+        row = torch.where(dropped, selection.kept.shape[1] - 1, row)
+        places = torch.where(dropped, places.gather(1, selection.kept[:, -1:]), places)
+        shares = torch.where(dropped, 0.0, shares)
     order = row.argsort(dim=-1, stable=True)
     lengths = torch.zeros_like(selection.kept).scatter_add_(1, row, torch.ones_like(row))
-    weights = torch.where(dropped, 0.0, shares).gather(1, order)
-    return Merges(targets, places.gather(1, order).flatten(), lengths.flatten(), weights.flatten())
+    sources, weights = places.gather(1, order), shares.gather(1, order)
+    return Merges(targets, sources.flatten(), lengths.flatten(), weights.flatten())

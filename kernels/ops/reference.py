@@ -88,8 +88,9 @@ def compact(tokens: Tensor, index: Tensor) -> Tensor:
     Returns:
         [B, K, D], zeros where the index is -1.
     """
-    gathered = tokens.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, tokens.shape[-1]))
-    return gathered.masked_fill((index < 0)[..., None], 0)
+    first = torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
+    gathered = tokens.flatten(0, 1).index_select(0, (first + index.clamp(min=0)).flatten())
+    return gathered.view(*index.shape, -1).masked_fill_((index < 0)[..., None], 0)
 
 
 def compact_batch(
@@ -198,7 +199,7 @@ def select(
     columns = torch.arange(length, device=scores.device)
     width = chosen_width(count, width)
     merit = torch.where(scores.isnan(), -torch.inf, scores)
-    by_rank = (columns if ties is None else ties.argsort(-1)).expand(batch, -1)
+    by_rank = (columns if ties is None else inverse(ties)).expand(batch, -1)
     order = by_rank.gather(-1, merit.gather(-1, by_rank).argsort(dim=-1, descending=True, stable=True))
     if valid is None and isinstance(count, int) and width <= min(count, length):
         return order[:, :width].sort(-1).values
@@ -212,6 +213,12 @@ def select(
     # Columns that are not taken go to a place of their own behind the last one, which is cut off again.
     index = torch.full((batch, width + 1), -1, dtype=torch.long, device=scores.device)
     return index.scatter(-1, places, columns.expand(batch, -1))[:, :width]
+
+
+def inverse(ranks: Tensor) -> Tensor:
+    """Who has each rank, LongTensor [..., N]: the inverse of a permutation, without sorting it."""
+    numbers = torch.arange(ranks.shape[-1], device=ranks.device)
+    return torch.empty_like(ranks).scatter_(-1, ranks, numbers.expand_as(ranks))
 
 
 def chosen_width(count: int | Tensor, width: int | None) -> int:

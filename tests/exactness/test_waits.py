@@ -19,6 +19,7 @@ from tests.exactness.prompts import KINDS
 from tests.exactness.prompts import batch as prompts
 from tests.scoring.test_learned import saved
 from vprune.attach import Pruning
+from vprune.models import rotary
 from vprune.passage import Passage
 from vprune.scoring import learned
 
@@ -83,8 +84,9 @@ def guarded(patched: pytest.MonkeyPatch, guard: Callable[[], Any]) -> None:
 
     patched.setattr(Passage, "enter", watched)
     patched.setattr(Pruning, "_begin", begun)
-    # What is not finite is looked for on the CPU only, where looking costs no waiting.
+    # What is not finite is looked for on the CPU only, where looking costs no waiting; and positions are compared there.
     patched.setattr(learned, "_refuse_nonsense", lambda prefill, maps: None)
+    patched.setattr(rotary, "_frequencies", lambda rotary_emb, kind: None)
 
 
 @pytest.mark.parametrize("options", RECYCLED.values(), ids=RECYCLED)

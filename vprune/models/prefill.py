@@ -25,7 +25,7 @@ class Facts:
 
     `valid` bool [B, L]: no padding; `kinds` bool [kinds, B, L]: places of pictures and of videos; `behind` LongTensor
     [B, L]: how many valid columns follow; `instruction` as in `Prefill`, `instruction_sent` on the prompt's device, and
-    whether it is `full`, as long in every sample.
+    its `tail` as `instruction_tail`.
     """
 
     valid: Tensor
@@ -33,7 +33,7 @@ class Facts:
     behind: Tensor
     instruction: tuple[Tensor, Tensor]
     instruction_sent: tuple[Tensor, Tensor]
-    full: bool
+    tail: int
 
     @classmethod
     def of(cls, kinds: Tensor, mask: Tensor | None, device: torch.device) -> Facts:
@@ -44,7 +44,8 @@ class Facts:
         behind = valid.sum(-1, keepdim=True) - valid.cumsum(-1)
         rows, row_valid = instruction_rows(valid, kinds.any(0))
         sent_there = (sent(rows, device), sent(row_valid, device))
-        return cls(valid, kinds, behind, (rows, row_valid), sent_there, bool(row_valid.all()))
+        at_the_end = bool(row_valid.all()) and int(rows[:, 0].min()) + rows.shape[1] == length
+        return cls(valid, kinds, behind, (rows, row_valid), sent_there, rows.shape[1] if at_the_end else 0)
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ def read_prefill(
         counts=tuple(facts.valid.sum(-1).tolist()),
         instruction=facts.instruction,
         instruction_sent=facts.instruction_sent,
-        instruction_full=facts.full,
+        instruction_tail=facts.tail,
     )
 
 
@@ -233,10 +234,14 @@ def _sent(images: Sequence[VisualTokens], behind: Tensor, device: torch.device) 
     if not images:
         return []
     all_columns, sizes = torch.cat([one.columns for one in images]), [len(one) for one in images]
-    last = all_columns[torch.tensor(sizes).cumsum(0) - 1]
+    ends = torch.tensor(sizes).cumsum(0)
+    last = all_columns[ends - 1]
+    first = all_columns[ends - torch.tensor(sizes)]
+    starts: list[int] = torch.where(last - first == torch.tensor(sizes) - 1, first, -1).tolist()
     after: list[int] = behind[torch.tensor([image.sample for image in images]), last].tolist()
     columns = torch.split(sent(all_columns, device), sizes)
-    return [replace(image, columns=own, after=more) for image, own, more in zip(images, columns, after, strict=True)]
+    found = zip(images, columns, after, starts, strict=True)
+    return [replace(image, columns=own, after=more, start=start) for image, own, more, start in found]
 
 
 def _past_rows(cache: Any, mask: Any, stored: int) -> StoredRows:

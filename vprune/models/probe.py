@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from inspect import signature
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 from vprune.errors import VPruneError
 from vprune.models.cache import PastView, cache_for, widened
 from vprune.models.masks import attention_mask_4d
+from vprune.models.rotary import rotary_positions, rotations
+from vprune.places import some_rows
 from vprune.records import Prefill
 
 _PROBE = "vprune_probe"
@@ -212,42 +213,34 @@ def _is_plain(attention: Any, rope: Any) -> bool:
     return attention in _PLAIN and free and isinstance(rope, tuple) and all(part.ndim == 3 for part in rope)
 
 
-def _rows_of(tensor: Tensor, rows: Tensor) -> Tensor:
-    """Rows LongTensor [B, R] of the last dimension but one of a tensor [..., 1 or B, N, D]."""
-    rows = rows.to(tensor.device)[..., None].expand(-1, -1, tensor.shape[-1])
-    whole = tensor.expand(*tensor.shape[:-3], rows.shape[0], -1, -1)
-    return whole.gather(-2, rows.expand(*whole.shape[:-2], -1, -1))
-
-
 def _some_queries(
-    attention: Any, norm: nn.Module, hidden: Tensor, rope: Any, rows: Tensor, past: dict[str, Any]
+    attention: Any, norm: nn.Module, hidden: Tensor, rope: Any, rows: Tensor | int, past: dict[str, Any]
 ) -> Captured:
-    """`capture` behind a norm of each row, with queries of some rows only, LongTensor [B, R]."""
+    """`capture` behind a norm of each row, with queries of some rows only, LongTensor [B, R], or of the last R."""
     given = {"attention_mask": None, "position_embeddings": rope}
     if not past and _is_plain(attention, rope):
         key = _heads(attention, projected_keys(norm, attention.k_proj, hidden), rope)
-        some = tuple(_rows_of(part, rows) for part in rope)
-        query = _heads(attention, attention.q_proj(norm(_rows_of(hidden, rows))), some)
+        some = tuple(some_rows(part, rows) for part in rope)
+        query = _heads(attention, attention.q_proj(norm(some_rows(hidden, rows))), some)
         return Captured(query, key, _PLAIN[attention])
-    if rows.shape[1] >= hidden.shape[1] or not _separable(attention) or not isinstance(rope, tuple):
+    count = rows if isinstance(rows, int) else rows.shape[1]
+    if count >= hidden.shape[1] or not _separable(attention) or not isinstance(rope, tuple):
         caught = capture(attention, hidden_states=norm(hidden), **given, **past)
-        index = rows.to(caught.query.device)[:, None, :, None].expand(
-            -1, caught.query.shape[1], -1, caught.query.shape[3]
-        )
-        return Captured(caught.query.gather(2, index), caught.key, caught.scale)
+        some_of_each_head = some_rows(caught.query.transpose(0, 1), rows).transpose(0, 1)
+        return Captured(some_of_each_head, caught.key, caught.scale)
     with _keys_alone(attention, projected_keys(norm, attention.k_proj, hidden)):
         key = capture(attention, hidden_states=hidden, **given, **past).key
-    given["position_embeddings"] = tuple(_rows_of(one, rows) for one in rope)
-    few = capture(attention, hidden_states=norm(_rows_of(hidden, rows)), **given)
+    given["position_embeddings"] = tuple(some_rows(one, rows) for one in rope)
+    few = capture(attention, hidden_states=norm(some_rows(hidden, rows)), **given)
     return Captured(few.query, key, few.scale)
 
 
-def layer_attention(prefill: Prefill, layer: int, rows: Tensor | None = None) -> Captured:
+def layer_attention(prefill: Prefill, layer: int, rows: Tensor | int | None = None) -> Captured:
     """Queries and keys of decoder layer `layer` over the prompt as it stands (keys of earlier turns first).
 
-    `rows` LongTensor [B, R]: the columns whose queries are wanted, in that order; None = all. The layer that comes next
-    costs one norm and two projections; a later one runs those before it, always with the same attention implementation,
-    so that the result does not depend on the model's own.
+    `rows` LongTensor [B, R]: the columns whose queries are wanted, in that order; R: the last R; None: all. The layer
+    that comes next costs one norm and two projections; a later one runs those before it, always with the same attention
+    implementation, so that the result does not depend on the model's own.
 
     Raises:
         VPruneError: the decoder has no such layer.
@@ -289,31 +282,6 @@ def layer_attention(prefill: Prefill, layer: int, rows: Tensor | None = None) ->
             caught = _some_queries(chosen.self_attn, chosen.input_layernorm, hidden, rope, rows, stored)
         device = prefill.hidden.device  # the layer may lie on another one
         return Captured(caught.query.to(device), caught.key.to(device), caught.scale)
-
-
-def rotations(decoder: Any, layer: int, below: bool, hidden: Tensor, positions: Tensor) -> Any:
-    """The rotary embeddings of a layer: some decoders have several kinds of layers that rotate differently.
-
-    Raises:
-        VPruneError: they do, and layers `below` would have to run first.
-    """
-    if not _rotates_by_kind(type(decoder.rotary_emb).forward):
-        return decoder.rotary_emb(hidden, positions)
-    if below:
-        raise VPruneError(
-            f"layer={layer}: the layers of this decoder are of several kinds; only the layer of the stage is possible"
-        )
-    return decoder.rotary_emb(hidden, positions, decoder.config.layer_types[layer])
-
-
-@cache
-def _rotates_by_kind(forward: Callable[..., Any]) -> bool:
-    return "layer_type" in signature(forward).parameters
-
-
-def rotary_positions(positions: Tensor) -> Tensor:
-    """The rows of position ids that rotate: `generate` puts those of the text, for masks, before M-RoPE's three."""
-    return positions[1:] if positions.ndim == 3 and positions.shape[0] == 4 else positions
 
 
 def keys_valid(prefill: Prefill) -> Tensor | None:

@@ -53,7 +53,7 @@ class Absorption:
         leader = self.anchors.gather(-1, joined).scatter_(-1, stay, stay)
         kept = stay.sort(-1).values
         row = torch.empty_like(leader).scatter_(-1, kept, numbers_like(kept))
-        return Selection.grouped(kept, row.gather(-1, leader), self.sizes)
+        return Selection.grouped(kept, row.gather(-1, leader), self.sizes, whole=True)
 
 
 def _taken(rows: Tensor, index: Tensor) -> Tensor:
@@ -83,6 +83,8 @@ def _products(rows: Tensor, anchors: Tensor, exact: torch.dtype) -> Tensor:
     if rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16):
         # Products of half-precision numbers are exact in float32: there is no need to write the rows out in it.
         return torch.mm(rows, anchors.T, out_dtype=torch.float32)
+    if not torch.is_autocast_enabled(rows.device.type):
+        return rows.to(exact) @ anchors.to(exact).T
     with torch.autocast(rows.device.type, enabled=False):
         return rows.to(exact) @ anchors.to(exact).T
 

@@ -27,7 +27,7 @@ def lay_out(leader: Tensor, rows: int, sizes: Tensor | None = None, shares: Tens
     row = leads.cumsum(-1) - 1
     # Tokens that lead no row go to a place of their own behind the last one, which is cut off again.
     kept = torch.empty_like(leader).scatter_(-1, torch.where(leads, row, rows), token)[..., :rows]
-    return Selection.grouped(kept, row.gather(-1, leader), sizes, shares)
+    return Selection.grouped(kept, row.gather(-1, leader), sizes, shares, whole=True)
 
 
 def medians(group: Tensor, count: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -15,7 +16,8 @@ from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy
 from vprune.models.aside import numbers_on
 from vprune.models.probe import keys_valid, layer_attention, past_bias
-from vprune.records import Grid, Prefill, VisualTokens, instruction_rows, rows_at, together
+from vprune.places import rows_of, slice_of, some_rows
+from vprune.records import Grid, Prefill, VisualTokens, instruction_rows, together
 from vprune.scoring.network import (
     ScorerConfig,
     ScorerNetwork,
@@ -121,10 +123,12 @@ class Learned:
         maps: dict[int, Tensor] = {}
         odds: dict[int, Tensor] = {}
         for grid, numbers in same_grid([image.grid for image in prefill.images]).items():
-            scores, channels, asked = network.seen(*features.of([prefill.images[n] for n in numbers], grid))
+            with torch.inference_mode():  # (a twentieth off the host's time)
+                scores, channels, asked = network.seen(*features.of([prefill.images[n] for n in numbers], grid))
+                told = network.demand(summary(scores, channels, asked)) if self._demand is not None else ()
+            # What leaves the block is made outside of it, or nobody could change it.
             maps |= dict(zip(numbers, scores.softmax(-1), strict=True))
-            if self._demand is not None:
-                odds |= dict(zip(numbers, network.demand(summary(scores, channels, asked)), strict=True))
+            odds |= dict(zip(numbers, told, strict=self._demand is not None))
         self._demand = None if self._demand is None else [odds[number] for number in sorted(odds)]
         if not prefill.hidden.is_cuda:  # (a look at what a GPU is still working at would hold the decoder up)
             _refuse_nonsense(prefill, maps)
@@ -158,14 +162,17 @@ class Features:
 
     def of(self, images: Sequence[VisualTokens], grid: Grid) -> tuple[Tensor, Grid, Tensor, Tensor, Tensor | None]:
         """The arguments of `ScorerNetwork` for images of one grid."""
-        device, samples = self.hidden.device, tuple(image.sample for image in images)
-        sample = numbers_on(device, samples)
-        columns = together([image.columns for image in images]).to(device)
         attention, text, valid = self.attention, self.text, self.text_valid
+        part, samples = slice_of(images, len(text)), tuple(image.sample for image in images)
         if samples != tuple(range(len(text))):
+            sample = numbers_on(self.hidden.device, samples)
             attention, text, valid = attention[sample], text[sample], None if valid is None else valid[sample]
-        maps = attention.gather(2, columns[:, None].expand(-1, attention.shape[1], -1))
-        return maps, grid, rows_at(self.hidden, sample, columns).float(), text.float(), valid
+        if part is not None:
+            maps = attention[..., part]
+        else:
+            columns = together([image.columns for image in images]).to(self.hidden.device)
+            maps = attention.gather(2, columns[:, None].expand(-1, attention.shape[1], -1))
+        return maps, grid, rows_of(self.hidden, images).float(), text.float(), valid
 
 
 def read_features(prefill: Prefill, layer: int, until: Tensor | None = None) -> Features:
@@ -181,43 +188,53 @@ def read_features(prefill: Prefill, layer: int, until: Tensor | None = None) -> 
         valid = valid & (torch.arange(valid.shape[1], device=valid.device) < until[:, None])
     rows, row_valid = prefill.instruction_on_device if until is None else instruction_rows(valid, prefill.visual)
     _refuse_silence(prefill, None if until is None else rows[:, 0].tolist())
-    all_valid = until is None and prefill.instruction_full
-    caught = layer_attention(prefill, layer, rows)
+    tail = prefill.instruction_tail if until is None else 0
+    counted = None if tail else row_valid
+    caught = layer_attention(prefill, layer, tail or rows)
     batch, heads, _, width = caught.query.shape
     held = caught.key.shape[2]
     stored = held - valid.shape[1]
     query = caught.query.float() * caught.scale
-    bias, key_valid = past_bias(prefill), keys_valid(prefill)
     key = caught.key.float().transpose(-1, -2)
-    window = prefill.anatomy.window_of(layer)
-    columns = torch.arange(held, device=query.device)
+    bias, unseen = past_bias(prefill), _unseen(prefill, layer, rows + stored if stored else rows, counted, held)
     # Samples in parts: a long prompt of a large model would fill the memory otherwise.
     at_once = max(1, _NUMBERS_AT_ONCE // (heads * rows.shape[1] * held))
     found = []
     for first in range(0, batch, at_once):
         part = slice(first, first + at_once)
-        own = rows[part, None, :, None] + stored
-        allowed = columns <= own
-        if key_valid is not None:
-            allowed = allowed & key_valid[part, None, None, -held:]
-        if window is not None:
-            allowed = allowed & (columns > own - window)
-        if not all_valid:  # a row that sees nothing would be not-a-number
-            allowed = allowed | ~row_valid[part, None, :, None]
         grouped = query[part].reshape(-1, key.shape[1], heads // key.shape[1] * rows.shape[1], width)
         logits = (grouped @ key[part]).view(-1, heads, rows.shape[1], held)
         if bias is not None:
             logits = logits + bias[part, None, None, -held:]
-        weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1)[..., stored:]
-        found.append(attention_statistics(weights, None if all_valid else row_valid[part]))
-    text = prefill.hidden.gather(1, rows[..., None].expand(-1, -1, prefill.hidden.shape[-1]))
+        logits[..., -unseen.shape[-1] :].masked_fill_(unseen[part] if len(unseen) > 1 else unseen, -torch.inf)
+        weights = logits.softmax(-1)[..., stored:]
+        found.append(attention_statistics(weights, None if counted is None else counted[part]))
     attention = found[0] if len(found) == 1 else torch.cat(found)
-    return Features(attention, prefill.hidden, text, None if all_valid else row_valid)
+    return Features(attention, prefill.hidden, some_rows(prefill.hidden, tail or rows), counted)
+
+
+def _unseen(prefill: Prefill, layer: int, rows: Tensor, counted: Tensor | None, held: int) -> Tensor:
+    """Which of the last M of `held` keys each of the rows [B, R] does not see, bool [1 or B, 1, R, M].
+
+    `counted` bool [B, R] marks rows that are no padding; None: they are the last R, and each sees all before it.
+    """
+    key_valid, window = keys_valid(prefill), prefill.anatomy.window_of(layer)
+    if counted is None and key_valid is None and window is None:
+        count = rows.shape[1]
+        return torch.ones((count, count), dtype=torch.bool, device=rows.device).triu(1)[None, None]
+    columns, own = torch.arange(held, device=rows.device), rows[:, None, :, None]
+    unseen = columns > own
+    if key_valid is not None:
+        unseen = unseen | ~key_valid[:, None, None, -held:]
+    if window is not None:
+        unseen = unseen | (columns <= own - window)
+    # A row that sees nothing would be not-a-number.
+    return unseen if counted is None else unseen & counted[:, None, :, None]
 
 
 def _refuse_nonsense(prefill: Prefill, maps: Mapping[int, Tensor]) -> None:
     for number, one in maps.items():
-        if not bool(one.isfinite().all()):
+        if not math.isfinite(float(one.sum())):  # (a sum of shares: no number in it is too large)
             image = prefill.images[number]
             raise VPruneError(
                 f"sample {image.sample}, image {image.image}: {int((~one.isfinite()).sum())} of {one.numel()} "

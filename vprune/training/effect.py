@@ -19,7 +19,7 @@ from torch.nn.functional import log_softmax, logsigmoid, one_hot, pad
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy
 from vprune.models.masks import least
-from vprune.models.probe import rotary_positions, rotations
+from vprune.models.rotary import rotary_positions, rotations
 from vprune.records import Grid, Prefill, VisualTokens
 from vprune.recycling.absorb import coordinates
 from vprune.scoring.relevance import answer_places
