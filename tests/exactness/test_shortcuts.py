@@ -1,4 +1,4 @@
-"""What the host knows of a prompt (text at its end, images in one piece, positions met before) saves work, not truth."""
+"""What the host knows of a prompt saves work, not truth: text at its end, images in one piece, positions met before."""
 
 from __future__ import annotations
 

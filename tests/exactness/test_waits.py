@@ -84,7 +84,7 @@ def guarded(patched: pytest.MonkeyPatch, guard: Callable[[], Any]) -> None:
 
     patched.setattr(Passage, "enter", watched)
     patched.setattr(Pruning, "_begin", begun)
-    # What is not finite is looked for on the CPU only, where looking costs no waiting; and positions are compared there.
+    # What is not finite is looked for on the CPU only, where looking costs no waiting; so are positions met before.
     patched.setattr(learned, "_refuse_nonsense", lambda prefill, maps: None)
     patched.setattr(rotary, "_frequencies", lambda rotary_emb, kind: None)
 

@@ -113,9 +113,10 @@ def projected_keys(norm: Any, projection: Any, hidden: Tensor) -> Tensor:
         return keys
     length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
     factor = (length.square() / hidden.shape[-1] + _epsilon(norm)).rsqrt()
-    product: Tensor = torch.nn.functional.linear(hidden, projection.weight * (norm.weight + offset))
-    made: Tensor = product * factor
-    return (made if projection.bias is None else made + projection.bias).to(product.dtype)
+    gain = norm.weight + offset if offset else norm.weight
+    product: Tensor = torch.nn.functional.linear(hidden, projection.weight * gain)
+    made = product * factor if projection.bias is None else torch.addcmul(projection.bias, product, factor)
+    return made.to(product.dtype)
 
 
 def _as_loaded(module: Any) -> bool:
@@ -258,9 +259,9 @@ def layer_attention(prefill: Prefill, layer: int, rows: Tensor | int | None = No
     chosen: Any = layers[layer]
     with torch.no_grad():
         hidden, past = prefill.hidden, PastView(prefill.cache) if prefill.stored else None
-        below = layers[first:last]
+        below = layers[first:last] if first < last else ()
         rope = rotations(decoder, last, bool(below), hidden, rotary_positions(prefill.positions))
-        if len(below):
+        if below:
             mask = attention_mask_4d(
                 stored_and_new_valid(prefill), past_bias(prefill), hidden.shape[1], "sdpa", hidden.dtype
             )

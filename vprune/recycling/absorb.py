@@ -42,7 +42,9 @@ class Absorption:
 
     def settled(self, rows: Tensor) -> Selection:
         """The selection, looked up in the rows of all tokens that stand, [N, D] or [I, N, D]."""
-        where = coordinates(self.grid, self.places.device)[self.places]
+        where = coordinates(self.grid, self.places.device)
+        all_stand = self.places.shape[-1] == len(where)
+        where = where.expand(*self.places.shape, -1) if all_stand else where[self.places]
         anchors, there = (_taken(one, self.anchors) for one in (rows, where))
         found = []
         for part in (slice(first, first + _ROWS_AT_ONCE) for first in range(0, rows.shape[-2], _ROWS_AT_ONCE)):

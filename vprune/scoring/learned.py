@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy
-from vprune.models.aside import numbers_on
+from vprune.models.aside import numbers_on, sent
 from vprune.models.probe import keys_valid, layer_attention, past_bias
 from vprune.places import rows_of, slice_of, some_rows
 from vprune.records import Grid, Prefill, VisualTokens, instruction_rows, together
@@ -117,7 +118,7 @@ class Learned:
         network = self.network
         if network is None:
             raise VPruneError("method=learned was not bound to a model: use it through vprune.prune(model, ...)")
-        if next(network.parameters()).device != prefill.hidden.device:
+        if network.exit.weight.device != prefill.hidden.device:
             network.to(prefill.hidden.device)
         features = read_features(prefill, network.config.layer)
         maps: dict[int, Tensor] = {}
@@ -220,8 +221,7 @@ def _unseen(prefill: Prefill, layer: int, rows: Tensor, counted: Tensor | None, 
     """
     key_valid, window = keys_valid(prefill), prefill.anatomy.window_of(layer)
     if counted is None and key_valid is None and window is None:
-        count = rows.shape[1]
-        return torch.ones((count, count), dtype=torch.bool, device=rows.device).triu(1)[None, None]
+        return _later(rows.shape[1], rows.device)
     columns, own = torch.arange(held, device=rows.device), rows[:, None, :, None]
     unseen = columns > own
     if key_valid is not None:
@@ -230,6 +230,13 @@ def _unseen(prefill: Prefill, layer: int, rows: Tensor, counted: Tensor | None, 
         unseen = unseen | (columns <= own - window)
     # A row that sees nothing would be not-a-number.
     return unseen if counted is None else unseen & counted[:, None, :, None]
+
+
+@lru_cache(maxsize=64)
+def _later(count: int, device: torch.device) -> Tensor:
+    """Which of the last `count` keys lie after each of the last `count` rows, bool [1, 1, count, count], made once."""
+    with torch.inference_mode(False):  # else a model that learns could not use it later
+        return sent(torch.ones((count, count), dtype=torch.bool).triu(1)[None, None], device)
 
 
 def _refuse_nonsense(prefill: Prefill, maps: Mapping[int, Tensor]) -> None:
