@@ -14,6 +14,7 @@ from torch import Tensor
 from vprune.errors import VPruneError
 from vprune.models.aside import Stopwatch
 from vprune.models.cache import (
+    LogicalLayer,
     LogicalStaticLayer,
     StoredRows,
     fitting,
@@ -269,10 +270,10 @@ class Passage:
         if cache is None or not self.shortened:
             return
         known: dict[Any, StoredRows] = {}
-        for layer in range(len(cache.layers)):
+        for layer, own in enumerate(cache.layers):
             stretch = self._stretch_of(layer)
-            past = self._past(layer)
-            key = (id(past), stretch.first, getattr(cache.layers[layer], "device", None))
+            past = own.rows if isinstance(own, LogicalLayer) else self.prefill.past
+            key = (id(past), stretch.first, getattr(own, "device", None))
             if key not in known:
                 stored = stored_length(cache, layer) - stretch.width if self.seen else 0
                 floor = stored + stretch.width - stretch.tail
@@ -286,14 +287,16 @@ class Passage:
             record_dropped(cache, layer, self.length - stretch.width, known[key], stretch.first)
 
     def _stretch_of(self, layer: int) -> Stretch:
-        return [stretch for stretch in self.stretches if stretch.first <= layer][-1]
+        return next(stretch for stretch in reversed(self.stretches) if stretch.first <= layer)
 
     def lengthen(self, hidden: Tensor, layers: int) -> Tensor:
         """A hidden state [B, K, D] that `layers` layers made (-1: all of them), at the caller's length [B, L, D]."""
         made = self.here if layers < 0 else self._stretch_of(max(layers - 1, 0))
         if made.width != hidden.shape[1]:  # recorded where the next layer reads it, a stage later
             made = self._stretch_of(layers)
-        return hidden if made.index is None else restore_columns(hidden, made.index, self.length)
+        if made.index is None:
+            return hidden
+        return restore_columns(hidden, made.index, self.length, padded=made.valid is not None)
 
 
 def chained(first: Tensor | None, then: Tensor) -> Tensor:

@@ -136,7 +136,9 @@ class Recording:
             passage.told_of(lambda: mapped(plan.decided, packed.taken))
             if plan.short is None or plan.shorter is None:
                 return passage, reads.hidden, None
-            short, moved, visual = (mapped(part, packed.taken) for part in (plan.short, plan.positions, plan.visual))
+            index, bias = (mapped(part, packed.taken) for part in (plan.short.index, plan.short.bias))
+            short = replace(plan.short, index=index, bias=bias)
+            moved, visual = packed.taken(plan.positions), packed.taken(plan.visual)
             shorter = plan.shorter.clone()
             passage.move_on(0, short, shorter, moved, visual)
         return passage, shorter, short

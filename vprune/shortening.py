@@ -79,12 +79,15 @@ def gather_columns(per_column: Tensor, index: Tensor) -> Tensor:
     return per_column.expand(*places.shape[:-1], per_column.shape[-1]).gather(-1, places)
 
 
-def restore_columns(hidden: Tensor, index: Tensor, length: int) -> Tensor:
-    """[B, K, D] -> [B, L, D], every row at its original column, zeros where tokens were dropped."""
-    batch, _, width = hidden.shape
+def restore_columns(hidden: Tensor, index: Tensor, length: int, padded: bool = True) -> Tensor:
+    """[B, K, D] -> [B, L, D], every row at its original column, zeros where tokens were dropped.
+
+    `padded`: -1 may be among the `index` [B, K].
+    """
     # Padding goes to a column of its own behind the last one, which is cut off again.
-    places = torch.where(index >= 0, index, length)[..., None].expand(-1, -1, width).to(hidden.device)
-    return hidden.new_zeros((batch, length + 1, width)).scatter_(1, places, hidden)[:, :length]
+    places = torch.where(index >= 0, index, length) if padded else index
+    whole = hidden.new_zeros((len(hidden), length + padded, hidden.shape[-1]))
+    return whole.scatter_(1, places.to(hidden.device)[..., None].expand_as(hidden), hidden)[:, :length]
 
 
 def shorten_batch(prefill: Prefill, selections: Sequence[Selection], size_aware: bool) -> Shortening:
