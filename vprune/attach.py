@@ -239,7 +239,8 @@ class Pruning:
 
     def _after_tower(self, tower: nn.Module, args: Any, output: Any) -> None:
         if self._glance is not None and self._glance.sees_any:
-            _ = self._glance.facts, self._glance.breaks  # found out while the device is at work on the tower
+            # Found out and made while the device is at work on the tower.
+            _ = self._glance.facts, self._glance.breaks, self._glance.cache
             if self._replays is not None:
                 self._replays.foresee(self._anatomy, self.pruner, self._glance)
 
@@ -260,7 +261,7 @@ class Pruning:
             if self._stays_whole(kwargs):
                 self._whole = kwargs, moment_of(kwargs["inputs_embeds"])
                 return None
-            kwargs = self._begin(with_cache(self._anatomy, kwargs), self._glance)
+            kwargs = self._begin(with_cache(self._anatomy, kwargs, self._glance), self._glance)
         cache = cache_in(kwargs)
         if logical(cache) is None:
             return args, kwargs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -55,7 +55,8 @@ class Glance:
     `kinds` bool [kinds, B, L]: the places of pictures and of videos; `mask`: the caller's, [B, S + L], None if there is
     none; `on_host` hands over the same on the CPU, where they are on their way, and then whether a mask that came
     finished is `plainly_causal`. `tell_breaks` tells the places of line breaks, bool [B, L] on the CPU, or None where
-    nobody can yet. `seen`: tokens that the cache has seen.
+    nobody can yet. `seen`: tokens that the cache has seen. `make_cache` makes one where the model was given none and
+    may want one, else None.
     """
 
     kinds: Tensor
@@ -63,6 +64,7 @@ class Glance:
     on_host: Callable[[], Sequence[Tensor | None]]
     tell_breaks: Callable[[Tensor], Tensor | None]
     seen: int = 0
+    make_cache: Callable[[], Any] | None = None
 
     @classmethod
     def at(cls, anatomy: Anatomy, kwargs: Mapping[str, Any], kinds: Tensor) -> Glance:
@@ -75,7 +77,9 @@ class Glance:
         if isinstance(finished, Tensor) and finished.ndim == 4 and is_static(cache) and not seen:
             mask = valid = valid_of_finished(finished, kinds.shape[-1])
             plain = plainly_causal(finished, valid)
-        return cls(kinds, mask, fetched((kinds, mask, plain)), breaks_to_come(anatomy, kwargs), seen)
+        given = cache is not None or kwargs.get("use_cache") is False
+        make = None if given else partial(new_cache, anatomy)
+        return cls(kinds, mask, fetched((kinds, mask, plain)), breaks_to_come(anatomy, kwargs), seen, make)
 
     @property
     def kinds_on_host(self) -> Tensor:
@@ -101,6 +105,11 @@ class Glance:
         return self.tell_breaks(self.kinds_on_host)
 
     @cached_property
+    def cache(self) -> Any:
+        """A cache for the decoder, which would make its own, out of our sight; None where it is given one."""
+        return None if self.make_cache is None else self.make_cache()
+
+    @cached_property
     def facts(self) -> Facts:
         """What follows if the decoder is given the same mask."""
         return Facts.of(self.kinds_on_host, self.on_host()[1], self.kinds.device)
@@ -120,8 +129,16 @@ class Glance:
         return Facts.of(self.kinds_on_host, None if mask is None else mask.cpu(), self.kinds.device)
 
 
-def with_cache(anatomy: Anatomy, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The decoder's arguments with the cache that it would otherwise make for itself, out of our sight.
+def new_cache(anatomy: Anatomy) -> Any:
+    """The cache that a decoder makes for itself when it is given none."""
+    from transformers import DynamicCache
+
+    config: Any = anatomy.decoder.config
+    return DynamicCache(config=config)
+
+
+def with_cache(anatomy: Anatomy, kwargs: dict[str, Any], glance: Glance) -> dict[str, Any]:
+    """The decoder's arguments with the cache that it would otherwise make for itself.
 
     Raises:
         VPruneError: a static cache with sliding windows, or for an attention backend whose masks are not built here.
@@ -130,9 +147,8 @@ def with_cache(anatomy: Anatomy, kwargs: dict[str, Any]) -> dict[str, Any]:
     cache = cache_in(kwargs)
     wanted = kwargs.get("use_cache")
     if cache is None and (wanted or (wanted is None and getattr(config, "use_cache", False))):
-        from transformers import DynamicCache
-
-        return {**kwargs, **cache_for(anatomy.decoder, DynamicCache(config=config))}
+        made = new_cache(anatomy) if glance.cache is None else glance.cache
+        return {**kwargs, **cache_for(anatomy.decoder, made)}
     if is_static(cache):
         if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
             raise VPruneError(
