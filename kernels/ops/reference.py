@@ -88,8 +88,10 @@ def compact(tokens: Tensor, index: Tensor) -> Tensor:
     Returns:
         [B, K, D], zeros where the index is -1.
     """
-    first = torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
-    gathered = tokens.flatten(0, 1).index_select(0, (first + index.clamp(min=0)).flatten())
+    places = index.clamp(min=0)
+    if len(tokens) > 1:
+        places = places + torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
+    gathered = tokens.flatten(0, 1).index_select(0, places.flatten())
     return gathered.view(*index.shape, -1).masked_fill_((index < 0)[..., None], 0)
 
 
@@ -198,7 +200,7 @@ def select(
     batch, length = scores.shape
     columns = torch.arange(length, device=scores.device)
     width = chosen_width(count, width)
-    merit = torch.where(scores.isnan(), -torch.inf, scores)
+    merit = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)
     by_rank = (columns if ties is None else inverse(ties)).expand(batch, -1)
     order = by_rank.gather(-1, merit.gather(-1, by_rank).argsort(dim=-1, descending=True, stable=True))
     if valid is None and isinstance(count, int) and width <= min(count, length):
