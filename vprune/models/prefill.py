@@ -147,7 +147,9 @@ def with_cache(anatomy: Anatomy, kwargs: dict[str, Any], glance: Glance) -> dict
     cache = cache_in(kwargs)
     wanted = kwargs.get("use_cache")
     if cache is None and (wanted or (wanted is None and getattr(config, "use_cache", False))):
-        made = new_cache(anatomy) if glance.cache is None else glance.cache
+        made = glance.cache
+        if made is None or stored_length(made):  # (a second look at the same prompt starts anew)
+            made = new_cache(anatomy)
         return {**kwargs, **cache_for(anatomy.decoder, made)}
     if is_static(cache):
         if any(getattr(layer, "is_sliding", False) for layer in cache.layers):

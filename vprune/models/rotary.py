@@ -66,7 +66,7 @@ def rotations(decoder: Any, layer: int, below: bool, hidden: Tensor, positions: 
         made = rotary(hidden, positions, *told)
     first = positions[:1]
     if torch.equal(first.expand_as(positions), positions) and all(part.ndim == 3 for part in made):
-        one = tuple(part[:1] for part in made)
+        one = tuple(part[:1].clone() for part in made)  # (a view would hold on to the whole batch)
         known[hidden.dtype, kind] = Known(first.clone(), one, frequencies, frequencies._version)
     return made
 
