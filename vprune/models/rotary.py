@@ -64,10 +64,10 @@ def rotations(decoder: Any, layer: int, below: bool, hidden: Tensor, positions: 
         return found
     with torch.inference_mode(False):  # else a model that learns could not use them later
         made = rotary(hidden, positions, *told)
-    first = positions[:1]
-    if torch.equal(first.expand_as(positions), positions) and all(part.ndim == 3 for part in made):
-        one = tuple(part[:1].clone() for part in made)  # (a view would hold on to the whole batch)
-        known[hidden.dtype, kind] = Known(first.clone(), one, frequencies, frequencies._version)
+        first = positions[:1]
+        if torch.equal(first.expand_as(positions), positions) and all(part.ndim == 3 for part in made):
+            one = tuple(part[:1].clone() for part in made)  # (a view would hold on to the whole batch)
+            known[hidden.dtype, kind] = Known(first.clone(), one, frequencies, frequencies._version)
     return made
 
 
