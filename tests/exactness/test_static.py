@@ -96,7 +96,7 @@ def test_the_host_never_waits_for_a_static_cache(
         begin, finish = Pruning._begin, Passage.finish
 
         def begun(self: Pruning, *args: Any) -> Any:
-            assert self._glance is not None and self._glance.facts.full is not None
+            assert self._glance is not None and self._glance.facts.tail is not None
             with device_never_waited_for():
                 return begin(self, *args)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -85,9 +86,8 @@ def _products(rows: Tensor, anchors: Tensor, exact: torch.dtype) -> Tensor:
     if rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16):
         # Products of half-precision numbers are exact in float32: there is no need to write the rows out in it.
         return torch.mm(rows, anchors.T, out_dtype=torch.float32)
-    if not torch.is_autocast_enabled(rows.device.type):
-        return rows.to(exact) @ anchors.to(exact).T
-    with torch.autocast(rows.device.type, enabled=False):
+    kind = rows.device.type
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
         return rows.to(exact) @ anchors.to(exact).T
 
 

@@ -17,8 +17,8 @@ from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy
 from vprune.models.aside import numbers_on, sent
 from vprune.models.probe import keys_valid, layer_attention, past_bias
-from vprune.places import rows_of, slice_of, some_rows
-from vprune.records import Grid, Prefill, VisualTokens, instruction_rows, together
+from vprune.places import rows_of, some_rows
+from vprune.records import Grid, Prefill, VisualTokens, instruction_rows
 from vprune.scoring.network import (
     ScorerConfig,
     ScorerNetwork,
@@ -163,16 +163,11 @@ class Features:
 
     def of(self, images: Sequence[VisualTokens], grid: Grid) -> tuple[Tensor, Grid, Tensor, Tensor, Tensor | None]:
         """The arguments of `ScorerNetwork` for images of one grid."""
-        attention, text, valid = self.attention, self.text, self.text_valid
-        part, samples = slice_of(images, len(text)), tuple(image.sample for image in images)
+        text, valid, samples = self.text, self.text_valid, tuple(image.sample for image in images)
         if samples != tuple(range(len(text))):
             sample = numbers_on(self.hidden.device, samples)
-            attention, text, valid = attention[sample], text[sample], None if valid is None else valid[sample]
-        if part is not None:
-            maps = attention[..., part]
-        else:
-            columns = together([image.columns for image in images]).to(self.hidden.device)
-            maps = attention.gather(2, columns[:, None].expand(-1, attention.shape[1], -1))
+            text, valid = text[sample], None if valid is None else valid[sample]
+        maps = rows_of(self.attention.transpose(1, 2), images).transpose(1, 2)
         return maps, grid, rows_of(self.hidden, images).float(), text.float(), valid
 
 
