@@ -10,7 +10,7 @@ from itertools import pairwise
 from vprune.eval.reporting.sections import Entry, Section
 
 WIDTH, LEFT, TOP, BOTTOM = 900.0, 54.0, 18.0, 52.0
-LABEL_HEIGHT, LETTER, LABEL_GAP = 17.0, 7.5, 21.0
+LABEL_HEIGHT, LETTER, LABEL_GAP = 17.0, 9.0, 21.0
 COLOURS, DASHES, MARKERS = 8, 4, ("circle", "square", "triangle", "diamond")
 
 
