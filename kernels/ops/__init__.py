@@ -15,7 +15,17 @@ from torch import Tensor
 from vprune.errors import VPruneError
 from vprune.kernels import reference
 
-__all__ = ["BACKENDS", "backend_module", "column_mass", "compact", "compact_batch", "compact_kv", "recycle", "select"]
+__all__ = [
+    "BACKENDS",
+    "backend_module",
+    "column_mass",
+    "compact",
+    "compact_batch",
+    "compact_kv",
+    "recycle",
+    "rotate",
+    "select",
+]
 
 BACKENDS = ("auto", "torch", "triton")
 _TRITON_INSTALLED = find_spec("triton") is not None
@@ -113,6 +123,21 @@ def recycle(tokens: Tensor, source: Tensor, lengths: Tensor, weights: Tensor, *,
     """Weighted sums of groups of rows; see `reference.recycle`."""
     module = backend_module(backend, "recycle", tokens, source, lengths, weights)
     result: Tensor = module.recycle(tokens, source, lengths, weights)
+    return result
+
+
+def rotate(
+    rows: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    factor: Tensor | None = None,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Projected rows as rotated heads, scaled and shifted before; see `reference.rotate`."""
+    module = backend_module(backend, "rotate", rows, cos, sin)
+    result: Tensor = module.rotate(rows, cos, sin, factor=factor, bias=bias)
     return result
 
 

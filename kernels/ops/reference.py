@@ -171,6 +171,39 @@ def recycle(tokens: Tensor, source: Tensor, lengths: Tensor, weights: Tensor) ->
     return bags.to(tokens.dtype)
 
 
+def rotate(
+    rows: Tensor, cos: Tensor, sin: Tensor, *, factor: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Projected rows as rotated heads, scaled and shifted before.
+
+    y * cos + (-y_2, y_1) * sin, y = factor * x + bias of a row x, y_1 and y_2 the halves of each head's part of it
+    (RoPE, arXiv 2104.09864). y and both products are rounded to the dtype of the rows, as a model's own layers do.
+
+    Args:
+        rows: [B, N, H * D].
+        cos: [B or 1, N, D].
+        sin: the same.
+        factor: float32 [B, N, 1], None = 1.
+        bias: [H * D], None = 0.
+
+    Returns:
+        [B, H, N, D].
+
+    Example:
+        >>> rotate(torch.tensor([[[1.0, 2.0]]]), torch.zeros(1, 1, 2), torch.ones(1, 1, 2)).flatten()
+        tensor([-2.,  1.])
+    """
+    if factor is not None:
+        scaled = rows * factor if bias is None else torch.addcmul(bias, rows, factor)
+        rows = scaled.to(rows.dtype)
+    elif bias is not None:
+        rows = rows + bias
+    x = rows.view(*rows.shape[:2], rows.shape[-1] // cos.shape[-1], cos.shape[-1])
+    first, second = x.chunk(2, -1)
+    rotated: Tensor = x * cos[:, :, None] + torch.cat([-second, first], -1) * sin[:, :, None]
+    return rotated.transpose(1, 2)
+
+
 def select(
     scores: Tensor,
     count: int | Tensor,

@@ -95,6 +95,36 @@ def check_mass(query: Tensor, key: Tensor, **options: Any) -> Tensor:
     return mass
 
 
+@pytest.mark.parametrize(("length", "width"), list(zip(SIZES, (128, 6, 80, 16), strict=True)))
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rotate(length: int, dtype: torch.dtype, width: int) -> None:
+    """To the bit without a factor; with one, sums of float32 may be rounded once or twice."""
+    close = 4 * torch.finfo(dtype).eps
+    rows = draw(2, length, 3 * width, dtype=dtype)
+    cos, sin = (draw(1, length, width, seed=seed, dtype=dtype) for seed in (1, 2))
+    factor, bias = draw(2, length, 1, seed=3).abs() + 0.5, draw(3 * width, seed=4, dtype=dtype)
+    mine = triton(kernels.rotate, rows, cos, sin)
+    wanted = reference.rotate(rows, cos, sin)
+    assert mine.shape == (2, 3, length, width) and mine.stride() == wanted.stride()
+    if DEVICE == "cpu" and dtype == torch.bfloat16:  # (the interpreter cuts bfloat16 off in place of rounding it)
+        torch.testing.assert_close(mine, wanted, rtol=close, atol=close)
+    else:
+        assert torch.equal(mine, wanted)
+    assert torch.equal(mine, triton(kernels.rotate, strided(rows), strided(cos), sin.expand(2, -1, -1)))
+    for given in ({"factor": factor}, {"bias": bias}, {"factor": strided(factor), "bias": strided(bias)}):
+        mine, wanted = (one(rows, cos, sin, **given) for one in (partial(triton, kernels.rotate), reference.rotate))
+        torch.testing.assert_close(mine, wanted, rtol=close, atol=8 * close)
+
+
+def test_rotate_needs_one_dtype() -> None:
+    rows, turn = draw(1, 5, 8), draw(1, 5, 4)
+    with pytest.raises(VPruneError, match="one dtype"):
+        kernels.rotate(rows.bfloat16(), turn, turn, backend="triton")
+    with pytest.raises(VPruneError, match=r"float64, the kernel computes in float32"):
+        kernels.rotate(rows.double(), turn.double(), turn.double(), backend="triton")
+    assert kernels.rotate(rows[:0], turn[:0], turn[:0], backend="triton").shape == (0, 2, 5, 4)
+
+
 @pytest.mark.parametrize("length", SIZES)
 @pytest.mark.parametrize(
     ("dtype", "pool"),
@@ -288,7 +318,9 @@ def test_gradients(operation: str) -> None:
 
 
 def whole_path(tokens: Tensor, query: Tensor, key: Tensor, positions: Tensor, valid: Tensor, backend: str) -> Any:
-    """Score, select, merge the first eight tokens into one, and shorten embeddings and cache, as one function."""
+    """Rotate, score, select, merge the first eight tokens into one, shorten embeddings and cache: one function."""
+    turn = key[:, 0]
+    key = kernels.rotate(key.transpose(1, 2).flatten(2), turn.cos(), turn.sin(), backend=backend)
     scores = kernels.column_mass(query, key, scale=0.3, key_valid=valid, backend=backend)
     index = kernels.select(scores, 9, valid=valid, backend=backend)
     source = torch.arange(8, device=tokens.device)
@@ -328,6 +360,7 @@ def test_the_library_knows_the_operations() -> None:
         (ops.compact_kv, ([key, key], [key, key], index)),
         (ops.recycle, (draw(63, 8).requires_grad_(), source, lengths, weights)),
         (ops.column_mass, (query, key, 0.3, None, None, marks, None, None, "mean")),
+        (ops.rotate, (draw(2, 63, 24), draw(2, 63, 8), draw(2, 63, 8), None, draw(24))),
         (ops.select, (draw(2, 63), None, 5, 5, None, None)),
     ):
         # Tensors that are given as attributes of a graph and dynamic shapes: what compilers do with an operation.

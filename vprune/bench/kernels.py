@@ -246,6 +246,37 @@ class Maker:
                 2 * batch * HEADS * count * one.video * one.head,
             )
 
+    def rotate(self) -> Iterator[Case]:
+        """Keys of a long video behind their projection: scaled row by row, shifted, rotated."""
+        one, backend = self.sizes, self.backend
+        sets: list[Inputs] = [
+            (
+                self._draw(1, one.video, GROUPS * one.head),
+                self._draw(1, one.video, one.head),
+                self._draw(1, one.video, one.head),
+                torch.rand(1, one.video, 1, generator=self._generator, device=self.device),
+                self._draw(GROUPS * one.head),
+            )
+            for _ in range(8)
+        ]
+
+        def run(*inputs: Tensor) -> Tensor:
+            return kernels.rotate(*inputs[:3], factor=inputs[3], bias=inputs[4], backend=backend)
+
+        def wanted(*inputs: Tensor) -> Tensor:
+            return reference.rotate(*inputs[:3], factor=inputs[3], bias=inputs[4])
+
+        yield Case(
+            "rotate",
+            f"1 x {one.video} x {GROUPS} heads x {one.head}",
+            sets,
+            run,
+            {"as models write it": wanted},
+            wanted,
+            5e-3,
+            2 * sum(part.nbytes for part in sets[0][:2]) + sets[0][3].nbytes,
+        )
+
     def select(self) -> Iterator[Case]:
         """The tenth of the highest scores, of a batch and of a long video."""
         one, backend = self.sizes, self.backend

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from vprune import kernels
 from vprune.errors import VPruneError
 from vprune.models.cache import PastView, cache_for, widened
 from vprune.models.masks import attention_mask_4d
@@ -99,8 +100,8 @@ def _epsilon(norm: Any) -> float:
     return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
 
 
-def projected_keys(norm: Any, projection: Any, hidden: Tensor) -> Tensor:
-    """projection(norm(hidden)) of rows [B, N, D].
+def projected(norm: Any, projection: Any, hidden: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """projection(norm(hidden)) of rows [B, N, D]: a product, a factor of each row and a bias, both None if not needed.
 
     An RMS norm before a linear layer is a factor of each row behind it, W (g x / r) = (W g) x / r: a long prompt is
     read once for r and once for the product, in place of the ten times that the norm alone takes in float32.
@@ -109,13 +110,19 @@ def projected_keys(norm: Any, projection: Any, hidden: Tensor) -> Tensor:
     plain = type(projection) is nn.Linear and _as_loaded(projection) and _as_loaded(norm)
     # (Norms are taken in float32, in float64 too; in float16 products of what is not normed yet might be infinite.)
     if offset is None or not plain or hidden.dtype not in (torch.float32, torch.bfloat16):
-        keys: Tensor = projection(norm(hidden))
-        return keys
+        return projection(norm(hidden)), None, None
     length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
     factor = (length.square() / hidden.shape[-1] + _epsilon(norm)).rsqrt()
     gain = norm.weight + offset if offset else norm.weight
-    product: Tensor = torch.nn.functional.linear(hidden, projection.weight * gain)
-    made = product * factor if projection.bias is None else torch.addcmul(projection.bias, product, factor)
+    return torch.nn.functional.linear(hidden, projection.weight * gain), factor, projection.bias
+
+
+def projected_keys(norm: Any, projection: Any, hidden: Tensor) -> Tensor:
+    """projection(norm(hidden)) of rows [B, N, D], see `projected`."""
+    product, factor, bias = projected(norm, projection, hidden)
+    if factor is None:
+        return product
+    made = product * factor if bias is None else torch.addcmul(bias, product, factor)
     return made.to(product.dtype)
 
 
@@ -192,21 +199,15 @@ def note_if_plain(decoder: Any, attention: Any, layer: int) -> None:
         with torch.no_grad():
             rope = rotations(decoder, layer, False, rows, torch.tensor([[1, 5, 11]], device=rows.device))
             told = capture(attention, hidden_states=rows, attention_mask=None, position_embeddings=rope)
-            query, key = (_heads(attention, part(rows), rope) for part in (attention.q_proj, attention.k_proj))
+            # (By the reference: a kernel would be compiled first, and rounds as it does.)
+            query, key = (
+                kernels.rotate(part(rows), *rope, backend="torch") for part in (attention.q_proj, attention.k_proj)
+            )
             alike = torch.equal(told.query, query) and torch.equal(told.key, key)
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, VPruneError):
         return  # it wants other positions, or rotates in another way: it will be called
     if alike:
         _PLAIN[attention] = told.scale
-
-
-def _heads(attention: Any, projected: Tensor, rope: Any) -> Tensor:
-    """Rows [B, N, H * D] as rotated heads [B, H, N, D]; rope: cos and sin, [B or 1, N, D] each."""
-    x = projected.view(*projected.shape[:2], -1, attention.head_dim)
-    cos, sin = (part[:, :, None] for part in rope)
-    first, second = x.chunk(2, -1)
-    rotated: Tensor = x * cos + torch.cat([-second, first], -1) * sin
-    return rotated.transpose(1, 2)
 
 
 def _is_plain(attention: Any, rope: Any) -> bool:
@@ -220,9 +221,9 @@ def _some_queries(
     """`capture` behind a norm of each row, with queries of some rows only, LongTensor [B, R], or of the last R."""
     given = {"attention_mask": None, "position_embeddings": rope}
     if not past and _is_plain(attention, rope):
-        key = _heads(attention, projected_keys(norm, attention.k_proj, hidden), rope)
-        some = tuple(some_rows(part, rows) for part in rope)
-        query = _heads(attention, attention.q_proj(norm(some_rows(hidden, rows))), some)
+        product, factor, bias = projected(norm, attention.k_proj, hidden)
+        key = kernels.rotate(product, *rope, factor=factor, bias=bias)
+        query = kernels.rotate(attention.q_proj(norm(some_rows(hidden, rows))), *(some_rows(one, rows) for one in rope))
         return Captured(query, key, _PLAIN[attention])
     count = rows if isinstance(rows, int) else rows.shape[1]
     if count >= hidden.shape[1] or not _separable(attention) or not isinstance(rope, tuple):

@@ -117,7 +117,12 @@ class Convolution(nn.Module):
                 for one in (scale * gain, torch.addcmul(shift, scale, offset))
             )
         # One group of all channels is a norm over the whole of each frame.
-        y = torch.addcmul(offset, layer_norm(y, y.shape[1:], eps=self.norm.eps), gain)
+        if y.is_cuda:  # (whose own layer norm leaves each frame to one of its many processors)
+            variance, mean = torch.var_mean(y, (1, 2, 3), correction=0, keepdim=True)
+            gain = gain * (variance + self.norm.eps).rsqrt()
+            y = torch.addcmul(torch.addcmul(offset, mean, gain, value=-1), y, gain)
+        else:
+            y = torch.addcmul(offset, layer_norm(y, y.shape[1:], eps=self.norm.eps), gain)
         y = pointwise(self.pointwise, silu(y))
         return x + y if self.residual else y
 
