@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vprune.errors import VPruneError
-from vprune.models.anatomy import Anatomy, carries_images, dissect, refuse_compiled, visual_kinds
+from vprune.models.anatomy import Anatomy, carries_images, dissect, refuse_compiled
 from vprune.models.aside import aside, moment_of
 from vprune.models.cache import (
     cache_in,
@@ -41,7 +41,7 @@ from vprune.models.tower import TowerWatch
 from vprune.passage import Passage, cache_layer_masks
 from vprune.pruner import Pruner, Resize, load_method
 from vprune.records import PruneReport
-from vprune.replays import Reads, Replays, replayable
+from vprune.replays import Begun, Reads, Replays, replayable
 from vprune.scoring.vflow import VisualFlow
 
 _PRUNED: WeakSet[nn.Module] = WeakSet()  # models with hooks on, so that nesting can be refused
@@ -137,6 +137,7 @@ class Pruning:
         self._glance: Glance | None = None  # at this forward's prompt, if there are visual tokens in it
         self._mask: Tensor | None = None  # the caller's 2-D mask, where the model hands finished ones to its decoder
         self._passage: Passage | None = None  # the prefill that the decoder is running
+        self._later: Callable[[], Passage] | None = None  # tells it, where that can wait
         self._whole: tuple[dict[str, Any], Any] | None = None  # one that stays as it is, to be told of afterwards
         self._carried = False  # whether this forward brought images
         self._layers_watched = False
@@ -210,7 +211,7 @@ class Pruning:
         self._tower.forget()
 
     def _forget(self) -> None:
-        self._glance = self._mask = self._passage = self._whole = None
+        self._glance = self._mask = self._passage = self._later = self._whole = None
         self._layer_masks = {}
 
     def _watch_layers(self) -> None:
@@ -233,8 +234,7 @@ class Pruning:
         self._tower.keep_for_later()
         self._carried = True
         input_ids = args[0] if args else kwargs.get("input_ids")
-        kinds = visual_kinds(self._anatomy, input_ids, kwargs.get("inputs_embeds"))
-        self._glance = Glance.at(self._anatomy, kwargs, kinds)
+        self._glance = Glance.at(self._anatomy, kwargs, input_ids)
         self._mask = self._glance.mask
 
     def _after_tower(self, tower: nn.Module, args: Any, output: Any) -> None:
@@ -267,7 +267,8 @@ class Pruning:
             return args, kwargs
         if self._anatomy.has_windows or not of_one_kind(cache):
             self._watch_layers()
-        if self._passage is None or not self._passage.shortened:
+        passage = self._settled()
+        if passage is None or not passage.shortened:
             # Earlier turns were pruned: the caller's mask is over tokens seen, not over rows stored.
             inputs, own = kwargs["inputs_embeds"], callers_mask(kwargs, self._mask)
             kwargs = {**kwargs, "attention_mask": stored_mask(cache, own, inputs, self._anatomy.backend)}
@@ -302,52 +303,66 @@ class Pruning:
             return Passage(self.pruner, read_prefill(self._anatomy, read, glance, images, evidence), own_masks)
 
         if self._replays is None:
-            passage = described()
-            embeds, short = passage.enter(0, passage.prefill.hidden)
+            begun = Begun.planned(described())
         else:
-            reads = Reads(self._anatomy, self.pruner, read, glance, list(images), own_masks)
-            passage, embeds, short = self._replays.begun(described, reads)
-        self._passage = passage
-        self.last = passage.report()
-        if not passage.ends_at_once or (short is not None and passage.masks_every_layer):
+            begun = self._replays.begun(
+                described, Reads(self._anatomy, self.pruner, read, glance, list(images), own_masks)
+            )
+        self._later, short, embeds = begun.passage, begun.short, begun.embeds
+        every_layer = own_masks is not None or self._anatomy.has_windows  # no single mask serves all
+        passage = None if begun.late else self._settled()
+        if (passage is not None and not passage.ends_at_once) or (short is not None and every_layer):
             self._watch_layers()
         if short is None:
             return kwargs
-        prefill = passage.prefill
-        layer = logical(prefill.cache)
+        cache = cache_in(kwargs)
+        layer = logical(cache)
         valid = short.valid if short.padded else None
-        rows = prefill.past.continued(prefill.stored, valid, short.bias, short.index.shape, 0)
-        plain = prefill.cache is not None and not prefill.seen and rows.valid is None and rows.bias is None
+        rows = begun.past.continued(begun.stored, valid, short.bias, short.index.shape, 0)
+        plain = cache is not None and not glance.seen and rows.valid is None and rows.bias is None
         masked: Any
-        if passage.masks_every_layer:
+        if every_layer:
             masked = kwargs["attention_mask"]  # each layer gets its own instead
         elif plain and fits is None:
             masked = None  # whoever gets a mask reads it on the host, and waits there until all is planned
         elif plain and needs_none(kwargs.get("attention_mask")):
             masked = kwargs["attention_mask"]  # what serves a long prompt that is alone in its cache serves a short one
         elif fits is not None:
-            masked = layer_mask(rows, prefill.stored, embeds, self._anatomy.backend, fits)
+            masked = layer_mask(rows, begun.stored, embeds, self._anatomy.backend, fits)
         else:
             # Without a mask and a cache, gaps between positions would read as several packed sequences.
             masked = prefill_mask(
-                widened(rows.valid, embeds.shape[0], prefill.stored + embeds.shape[1], True, embeds.device),
+                widened(rows.valid, embeds.shape[0], begun.stored + embeds.shape[1], True, embeds.device),
                 rows.bias,
                 layer.dropped if layer is not None else 0,
                 embeds,
                 self._anatomy.backend,
             )
         features = shortened_deepstack(kwargs, short.shorten)
-        positions = passage.prefill.positions
-        return {**kwargs, **features, "inputs_embeds": embeds, "position_ids": positions, "attention_mask": masked}
+        return {
+            **kwargs,
+            **features,
+            "inputs_embeds": embeds,
+            "position_ids": begun.positions,
+            "attention_mask": masked,
+        }
+
+    def _settled(self) -> Passage | None:
+        """The passage of the prefill under way; of one that was replayed it is told here, beside the device's work."""
+        if self._later is not None:
+            self._passage, self._later = self._later(), None
+            self.last = self._passage.report()
+        return self._passage
 
     def _after_decoder(self, decoder: nn.Module, args: Any, output: Any) -> Any:
         if self._whole is not None and self._glance is not None:
             self._tell(*self._whole, self._glance)
             self._whole = None
-        if self._passage is None or not self._passage.shortened:
+        passage = self._settled()
+        if passage is None or not passage.shortened:
             return None
-        self._passage.finish()
-        return restored(output, self._passage.lengthen)
+        passage.finish()
+        return restored(output, passage.lengthen)
 
     def _after_turns(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """A layer's arguments after pruned turns, with a mask of its own; None where the first layer's serves."""
@@ -364,7 +379,7 @@ class Pruning:
     def _before_layer(
         self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        passage, hidden = self._passage, args[0]
+        passage, hidden = self._settled(), args[0]
         if passage is not None and passage.deciding:
             return None  # a scorer has the whole prompt read by the layers
         if passage is not None and number:

@@ -15,7 +15,7 @@ from torch import Tensor
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy
 from vprune.models.aside import Stopwatch
-from vprune.models.cache import cache_in
+from vprune.models.cache import StoredRows, cache_in
 from vprune.models.prefill import Glance
 from vprune.passage import Decided, Passage
 from vprune.pruner import Pruner
@@ -51,10 +51,11 @@ class Replays:
 
     def foresee(self, anatomy: Anatomy, pruner: Pruner, glance: Glance) -> None:
         """Find out what tells the prompt's layout from others while the device is at work on the vision tower."""
-        _, self._foreseen = glance.layout, (glance, _weights(anatomy, pruner))
+        hash(glance.layout)  # which its bytes remember
+        self._foreseen = glance, _weights(anatomy, pruner)
 
-    def begun(self, passage: Callable[[], Passage], reads: Reads) -> tuple[Passage, Tensor, Shortening | None]:
-        """A prefill planned up to the first layer, and what that reads; `passage` describes one not replayed."""
+    def begun(self, passage: Callable[[], Passage], reads: Reads) -> Begun:
+        """A prefill planned up to the first layer; `passage` describes one that is not replayed."""
         glance, weights = self._foreseen or (None, ())
         layout = layout_of(reads, weights if glance is reads.glance else _weights(reads.anatomy, reads.pruner))
         self._foreseen = None
@@ -64,7 +65,7 @@ class Replays:
             return known.replayed(reads)
         new = passage()
         if layout is None or isinstance(known, str):
-            return new, *new.enter(0, reads.hidden)
+            return Begun.planned(new)
         if layout in self._known:
             self._known[layout] = made = self._recording(new, reads)
             if isinstance(made, Recording):
@@ -73,7 +74,7 @@ class Replays:
             if len(self._known) >= MOST:
                 self._known.popitem(last=False)
             self._known[layout] = None
-        return new, *new.enter(0, reads.hidden)
+        return Begun.planned(new)
 
     def _recording(self, passage: Passage, reads: Reads) -> Recording | str:
         if self._pool is None:
@@ -102,6 +103,30 @@ class Replays:
         self._pool = self._rows = self._foreseen = None
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A prefill planned up to the first layer.
+
+    `embeds` [B, K, D] and `positions`: what that layer reads; `short`: how they came to be, None if nothing was pruned;
+    `past` and `stored` as in `Prefill`; `passage` tells the rest, when the host has time for it.
+    """
+
+    embeds: Tensor
+    positions: Tensor
+    short: Shortening | None
+    past: StoredRows
+    stored: int
+    passage: Callable[[], Passage]
+    late: bool = False
+
+    @classmethod
+    def planned(cls, passage: Passage) -> Begun:
+        """Plan it now."""
+        embeds, short = passage.enter(0, passage.prefill.hidden)
+        now = passage.prefill
+        return cls(embeds, now.positions, short, now.past, now.stored, lambda: passage)
+
+
 class Recording:
     """The plan for one layout: hidden rows and positions in, what was decided out.
 
@@ -117,31 +142,44 @@ class Recording:
         )
         self._write(reads)
         self.plan, self._replay = recorded(partial(planned, self.pruner, self.prefill), pool)
+        plan, taken = self.plan, self.plan.packed.taken
+        # Of the replay that was last, for what is over before the next one.
+        self._short = None if plan.short is None else _with(plan.short, taken)
+        self._moved = None if plan.short is None else taken(plan.positions)
 
     def _write(self, reads: Reads) -> None:
         self.prefill.hidden.copy_(reads.hidden)
         if reads.positions is not None:
             self.prefill.positions.copy_(reads.positions)
 
-    def replayed(self, reads: Reads) -> tuple[Passage, Tensor, Shortening | None]:
+    def replayed(self, reads: Reads) -> Begun:
         """Plan a prefill of the layout."""
-        clock = Stopwatch()
-        with clock.running(reads.hidden):
+        clock, embeds = Stopwatch(), reads.hidden
+        with clock.running(embeds):
             self._write(reads)
-            self._replay()  # the device is at work, and the host has time for the rest
-            positions = self.prefill.positions if reads.positions is None else reads.positions
-            now = replace(self.prefill, hidden=reads.hidden, positions=positions, tower=reads.tower, cache=reads.cache)
-            passage = Passage(self.pruner, now, None, clock)
-            plan, packed = self.plan, self.plan.packed.copy()
-            passage.told_of(lambda: mapped(plan.decided, packed.taken))
-            if plan.short is None or plan.shorter is None:
-                return passage, reads.hidden, None
-            index, bias = (mapped(part, packed.taken) for part in (plan.short.index, plan.short.bias))
-            short = replace(plan.short, index=index, bias=bias)
-            moved, visual = packed.taken(plan.positions), packed.taken(plan.visual)
-            shorter = plan.shorter.clone()
-            passage.move_on(0, short, shorter, moved, visual)
-        return passage, shorter, short
+            self._replay()
+        positions = self.prefill.positions if reads.positions is None else reads.positions
+        if self.plan.shorter is not None and self._moved is not None:
+            embeds, positions = self.plan.shorter.clone(), self._moved.clone()
+        past, stored = self.prefill.past, self.prefill.stored
+        passage = partial(self._passage, reads, clock, embeds, positions)
+        return Begun(embeds, positions, self._short, past, stored, passage, late=True)
+
+    def _passage(self, reads: Reads, clock: Stopwatch, embeds: Tensor, positions: Tensor) -> Passage:
+        """What the last replay has decided, in numbers of its own."""
+        given = self.prefill.positions if reads.positions is None else reads.positions
+        now = replace(self.prefill, hidden=reads.hidden, positions=given, tower=reads.tower, cache=reads.cache)
+        passage = Passage(self.pruner, now, None, clock)
+        plan, packed = self.plan, self.plan.packed.copy()
+        passage.told_of(lambda: mapped(plan.decided, packed.taken))
+        if plan.short is not None:
+            passage.move_on(0, _with(plan.short, packed.taken), embeds, positions, packed.taken(plan.visual))
+        return passage
+
+
+def _with(short: Shortening, taken: Callable[[Any], Tensor]) -> Shortening:
+    """The same with tensors in place of the slots that the first layer asks for."""
+    return replace(short, index=taken(short.index), bias=None if short.bias is None else taken(short.bias))
 
 
 @dataclass(frozen=True)

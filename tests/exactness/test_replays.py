@@ -126,6 +126,54 @@ def test_families(family: str, device: str) -> None:
     assert len(made) <= 1  # (none where pictures see themselves, or features are added behind the first layers)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["learned", "nearest"])
+def test_what_one_prompt_was_given_outlives_the_next(tiny_processor: Any, device: str, name: str) -> None:
+    """Rows, positions and biases lie where the next replay writes: hidden states, caches and reports are copies."""
+    model, options = build_model().to(device), dict(METHODS[name])
+    method = options.pop("method", name)
+    inputs = {key: part.to(device) for key, part in batch(tiny_processor, "mixed").items()}
+    prompts = [{**inputs, "pixel_values": inputs["pixel_values"] * factor} for factor in (0.5, 0.5, 1.0, -1.0)]
+
+    def run(graphs: bool) -> list[Any]:
+        with torch.no_grad(), vprune.prune(model, method, keep=0.3, graphs=graphs, **options) as pruning:
+            outs = [model(**one, output_hidden_states=True) for one in prompts]
+            told = [(one.kept, one.sizes) for one in pruning.last]
+        for out in outs:  # decoded with what each has stored, after all of them
+            cache, ids = out.past_key_values, inputs["input_ids"][:, -1:]
+            mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids)], 1)
+            with torch.no_grad(), vprune.prune(model, method, keep=0.3, **options):
+                out.next = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+        return [told, *((out.logits, *out.hidden_states, out.next) for out in outs)]
+
+    wanted = run(False)
+    with recording(device) as made:
+        found = run(True)
+    assert len(made) == 1 and alike(found[0], wanted[0])
+    for mine, other in zip(found[1:], wanted[1:], strict=True):
+        for one, exact in zip(mine, other, strict=True):
+            torch.testing.assert_close(one, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_a_decoder_that_fails_leaves_nothing_behind(tiny_processor: Any) -> None:
+    model, inputs = build_model(), batch(tiny_processor, "single")
+    layer = model.model.language_model.layers[1]
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with recording("cpu") as made, torch.no_grad(), vprune.prune(model, "attention", keep=0.3, graphs=True) as pruning:
+        wanted = [model(**inputs).logits for _ in range(3)][-1]
+        before = pruning.last
+        handle = layer.register_forward_pre_hook(fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(**inputs)
+        handle.remove()
+        assert pruning._later is None and pruning._passage is None and pruning.last is before
+        assert torch.equal(model(**inputs).logits, wanted) and pruning.last is not before
+    assert len(made) == 1
+
+
 def test_each_layout_is_recorded_by_itself_and_the_oldest_forgotten(tiny_processor: Any) -> None:
     model = build_model()
     prompts = [batch(tiny_processor, kind) for kind in KINDS]

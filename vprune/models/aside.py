@@ -49,7 +49,7 @@ def fetched(tensors: Sequence[Tensor | None]) -> Callable[[], Sequence[Tensor | 
 
     (For them alone: not for what is sent to a GPU after them.)
     """
-    copies = [None if one is None else one.to("cpu", non_blocking=one.is_cuda) for one in tensors]
+    copies = [None if one is None else one.to("cpu", non_blocking=one.is_cuda, copy=True) for one in tensors]
     moments = [moment_of(one) for one in {one.device: one for one in tensors if one is not None}.values()]
 
     def handed_over() -> Sequence[Tensor | None]:

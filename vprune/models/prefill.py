@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vprune.errors import VPruneError
-from vprune.models.anatomy import Anatomy, newline_places, visual_layout
+from vprune.models.anatomy import Anatomy, newline_places, visual_kinds, visual_layout
 from vprune.models.aside import fetched, sent
 from vprune.models.breaks import breaks_to_come
 from vprune.models.cache import NOTHING_KNOWN, StoredRows, cache_for, cache_in, is_static, logical, stored_length
@@ -52,14 +52,15 @@ class Facts:
 class Glance:
     """A look at a prompt before the vision tower is in the device's queue: later, the host would wait for the tower.
 
-    `kinds` bool [kinds, B, L]: the places of pictures and of videos; `mask`: the caller's, [B, S + L], None if there is
-    none; `on_host` hands over the same on the CPU, where they are on their way, and then whether a mask that came
+    `mask`: the caller's, [B, S + L], None if there is none; `on_host` hands over, on the CPU, where they are on their
+    way, the prompt's ids [B, L] (or the `kinds` of a prompt without), the same mask, and whether a mask that came
     finished is `plainly_causal`. `tell_breaks` tells the places of line breaks, bool [B, L] on the CPU, or None where
     nobody can yet. `seen`: tokens that the cache has seen. `make_cache` makes one where the model was given none and
     may want one, else None.
     """
 
-    kinds: Tensor
+    anatomy: Anatomy
+    device: torch.device
     mask: Tensor | None
     on_host: Callable[[], Sequence[Tensor | None]]
     tell_breaks: Callable[[Tensor], Tensor | None]
@@ -67,26 +68,34 @@ class Glance:
     make_cache: Callable[[], Any] | None = None
 
     @classmethod
-    def at(cls, anatomy: Anatomy, kwargs: Mapping[str, Any], kinds: Tensor) -> Glance:
+    def at(cls, anatomy: Anatomy, kwargs: Mapping[str, Any], input_ids: Tensor | None) -> Glance:
         """Look now at what the model was called with."""
         cache, mask, plain = cache_in(kwargs), kwargs.get("attention_mask"), None
+        # (What can be found out on the CPU, beside the tower's work, launches nothing here, where a GPU is idle.)
+        read = visual_kinds(anatomy, None, kwargs.get("inputs_embeds")) if input_ids is None else input_ids
         seen = 0 if cache is None else int(cache.get_seq_length())
         finished = next(iter(mask.values())) if isinstance(mask, dict) and len(mask) == 1 else mask
         if not (isinstance(mask, Tensor) and mask.ndim == 2):
             mask = None
         if isinstance(finished, Tensor) and finished.ndim == 4 and is_static(cache) and not seen:
-            mask = valid = valid_of_finished(finished, kinds.shape[-1])
+            mask = valid = valid_of_finished(finished, read.shape[-1])
             plain = plainly_causal(finished, valid)
         given = cache is not None or kwargs.get("use_cache") is False
         make = None if given else partial(new_cache, anatomy)
-        return cls(kinds, mask, fetched((kinds, mask, plain)), breaks_to_come(anatomy, kwargs), seen, make)
+        on_host = fetched((read, mask, plain))
+        return cls(anatomy, read.device, mask, on_host, breaks_to_come(anatomy, kwargs), seen, make)
 
-    @property
+    @cached_property
     def kinds_on_host(self) -> Tensor:
-        """`kinds` on the CPU."""
-        kinds, *_ = self.on_host()
-        assert kinds is not None
-        return kinds
+        """The places of pictures and of videos, bool [kinds, B, L] on the CPU."""
+        read, *_ = self.on_host()
+        assert read is not None
+        return read if read.dtype == torch.bool else visual_kinds(self.anatomy, read, None)
+
+    @cached_property
+    def kinds(self) -> Tensor:
+        """The same on the prompt's device."""
+        return sent(self.kinds_on_host, self.device)
 
     @property
     def plain(self) -> bool:
@@ -112,7 +121,7 @@ class Glance:
     @cached_property
     def facts(self) -> Facts:
         """What follows if the decoder is given the same mask."""
-        return Facts.of(self.kinds_on_host, self.on_host()[1], self.kinds.device)
+        return Facts.of(self.kinds_on_host, self.on_host()[1], self.device)
 
     @cached_property
     def layout(self) -> tuple[bytes | None, ...]:
@@ -126,7 +135,7 @@ class Glance:
         """What follows with the mask that the decoder is given; another one is read from the device."""
         if mask is self.mask:
             return self.facts
-        return Facts.of(self.kinds_on_host, None if mask is None else mask.cpu(), self.kinds.device)
+        return Facts.of(self.kinds_on_host, None if mask is None else mask.cpu(), self.device)
 
 
 def new_cache(anatomy: Anatomy) -> Any:
