@@ -217,7 +217,8 @@ def tables(
 ) -> str:
     """Markdown: every operation, every measure that has a bound, the stages of a segmentation, and its rival.
 
-    `whole`: with prefills that no bound was set for, and with answers decoded eagerly, whose steps wait for the host.
+    `whole`: with prefills that no bound was set for, with answers decoded eagerly, whose steps wait for the host, and
+    with what every cell stores, which is the same share everywhere.
     """
     parts = []
     for one in kernels:
@@ -234,7 +235,9 @@ def tables(
     for one in models:
         rows = [row for row in one.rows if row["bound"] or (whole and row["measure"] == "prefill")]
         rows = [row for row in rows if whole or row["decode"] != "eager" or row["measure"] not in STEPS]
-        if not rows:
+        stored = [row for row in rows if row["measure"] == "kv_visual"]
+        rows = rows if whole else [row for row in rows if row not in stored[1:]]
+        if not rows or (not whole and rows == stored[:1]):
             continue
         name, method, decode = (one.rows[0][key] for key in ("model", "method", "decode"))
         way = "" if decode == "eager" else f", decoding {'compiled' if decode == 'compiled' else 'as CUDA graphs'}"
@@ -295,7 +298,8 @@ def model_line(row: Record) -> str:
     if row["kind"] == "video":
         name += " of a video"
     scale, unit = (2**20, "MiB") if row["unit"] == "bytes" else (1, "ms")
-    before = f"{row['unpruned'] / scale:.1f} {unit}" if row["unpruned"] is not None else "-"
+    lacking = "does not fit" if str(row["problem"]).endswith("unpruned") else "-"
+    before = f"{row['unpruned'] / scale:.1f} {unit}" if row["unpruned"] is not None else lacking
     faster, ideal, quotient = (
         f"{row[key]:.2f}x" if row[key] is not None else "-" for key in ("pruned_speedup", "oracle_speedup", "quotient")
     )
@@ -303,7 +307,8 @@ def model_line(row: Record) -> str:
         faster, ideal, quotient = f"{row['share']:.2%} of the prefill", "-", "-"
     elif row["quotient"] is not None:
         quotient = f"{row['quotient']:.3f} [{row['quotient_p25']:.3f} {row['quotient_p75']:.3f}]"
-    asked = str(row["bound"]).replace("_", " ") + (" ✓" if row["met"] else " ✗") if row["bound"] else ""
+    mark = {True: " ✓", False: " ✗", None: ", not known"}[row["met"]]
+    asked = str(row["bound"]).replace("_", " ") + mark if row["bound"] else ""
     return (
         f"| {name} | {row['batch']:.0f} x {row['tokens']:,.0f} | {row['keep']:.0%} | {before} | "
         f"{row['pruned'] / scale:.1f} {unit} | {faster} | {ideal} | {quotient} | {asked} |"

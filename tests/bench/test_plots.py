@@ -24,8 +24,9 @@ def test_figures_and_tables_are_drawn(measured_folder: Path, tmp_path: Path) -> 
     subprocess.run(script, check=True, stdout=subprocess.PIPE)
     for name in ("kernels.svg", "models.svg"):
         assert ElementTree.parse(results / name).getroot().tag.endswith("svg")
-    text = readme.read_text(encoding="utf-8")
-    assert "| `compact` 2 x 576 x 64 -> 57 |" in text and "| kv visual | 2 x 640 | 10% |" in text
+    text, everything = (one.read_text(encoding="utf-8") for one in (readme, results / "tables.md"))
+    assert "| `compact` 2 x 576 x 64 -> 57 |" in text and "| kv visual | 2 x 640 | 10% |" in everything
+    assert "| kv visual |" not in text  # a table of nothing but what is the same in every cell
     assert "| with crops | 40 | " in text and "2 x 2 points" in text and "| automatic | " in text
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
 
