@@ -12,11 +12,14 @@ from tests.conftest import build_model
 from tests.exactness.agreement import agree, generate
 from tests.exactness.oracle import full_sight, oracle_generate, without_pruned
 from tests.exactness.prompts import KINDS, batch
+from vprune.recycling import Absorption
+from vprune.scoring.network import ScorerConfig, ScorerNetwork
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+HALVES = (torch.float32, torch.bfloat16)
 SIZES = {"recycle": "grid", "cells": 4, "size_aware": True}
 
 
@@ -50,6 +53,32 @@ def test_it_equals_the_masked_model(tiny_processor: Any, method: str, options: d
     oracle = oracle_generate(model, sight, ids, mask, **more)
     assert torch.equal(pruned.sequences, oracle.sequences)
     agree(pruned.logits, oracle.logits, 1e-9)
+
+
+def scored_and_grouped(images: int, grid: tuple[int, int, int], device: str) -> tuple[list[torch.Tensor], Any]:
+    """Scores of a network, channels and question, and who joins whom, of images drawn alike for every device."""
+    draw, tokens = torch.Generator().manual_seed(0), grid[0] * grid[1] * grid[2]
+    torch.manual_seed(0)
+    network = ScorerNetwork(ScorerConfig(heads=4, width=64)).eval().to(device)
+    sizes = ((8, tokens), (tokens, 64), (5, 64))
+    maps, visual, text = (torch.rand(images, *size, generator=draw).to(device) for size in sizes)
+    places = torch.arange(tokens).expand(images, -1)
+    chosen = torch.stack([torch.randperm(tokens, generator=draw)[:9] for _ in range(images)])
+    plan = Absorption(grid, chosen[:, :5], chosen[:, 5:].sort().values, places, 0.5).to(torch.device(device))
+    with torch.no_grad():
+        seen = network.seen(maps / tokens, grid, visual, text)
+    return [part.cpu() for part in seen if part is not None], [plan.settled(visual.to(t)) for t in HALVES]
+
+
+@pytest.mark.parametrize("images", [1, 6])
+@pytest.mark.parametrize("grid", [(1, 6, 6), (2, 5, 7)])
+def test_scores_and_groups_are_those_of_a_cpu(images: int, grid: tuple[int, int, int]) -> None:
+    """Norms, distances and likeness are computed in other ways there."""
+    (seen, groups), (wanted, others) = (scored_and_grouped(images, grid, device) for device in ("cuda", "cpu"))
+    for one, other in zip(seen, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    for own, exact in zip(groups, others, strict=True):
+        assert torch.equal(own.kept.cpu(), exact.kept) and torch.equal(own.source.cpu(), exact.source)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -42,7 +42,7 @@ class ScorerConfig:
         levels: shares of an image's tokens, rising, for each of which the network tells how likely a word of the answer
             is to stay; none = it does not.
         prices: (keep, price) pairs, keep rising: what a token must be worth where `keep` of all tokens stay in the mean
-            over questions, see `ScorerNetwork.shares_for`.
+            over questions, see `shares_at`.
         model: what the scorer was trained for, as `vprune.scoring.learned.identity_of` tells it.
         recipe: how it was trained, for the record.
     """
