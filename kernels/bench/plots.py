@@ -306,7 +306,8 @@ def model_line(row: Record) -> str:
     if row["measure"] == "plan":
         faster, ideal, quotient = f"{row['share']:.2%} of the prefill", "-", "-"
     elif row["quotient"] is not None:
-        quotient = f"{row['quotient']:.3f} [{row['quotient_p25']:.3f} {row['quotient_p75']:.3f}]"
+        paired = [row.get(f"quotient_{quantile}") for quantile in ("p25", "p50", "p75")]  # (older files lack p50)
+        quotient = f"{row['quotient']:.3f} [{' '.join(f'{one:.3f}' for one in paired if one is not None)}]"
     mark = {True: " ✓", False: " ✗", None: ", not known"}[row["met"]]
     asked = str(row["bound"]).replace("_", " ") + mark if row["bound"] else ""
     return (

@@ -30,8 +30,8 @@ class Row:
     """A line of bench.csv: one measure of one cell, medians and quartiles of the three sides in `unit`.
 
     Speed-ups are the unpruned median over another (above 1: less of it); `quotient` is the pruned speed-up over the
-    oracle's, its quartiles those of neighbours in time; `share`: the pruned median of the unpruned one, of a plan that
-    of the unpruned prefill. Lengths are rows of a sample that the decoder reads (the mean over layers).
+    oracle's, its median and quartiles those of neighbours in time; `share`: the pruned median of the unpruned one, of a plan
+    that of the unpruned prefill. Lengths are rows of a sample that the decoder reads (the mean over layers).
     """
 
     model: str
@@ -58,6 +58,7 @@ class Row:
     oracle_speedup: float | None = None
     quotient: float | None = None
     quotient_p25: float | None = None
+    quotient_p50: float | None = None
     quotient_p75: float | None = None
     share: float | None = None
     bound: str | None = None
@@ -142,7 +143,8 @@ def measured(
     if middle.get("pruned") and middle.get("oracle"):
         pairs = zip(values["oracle"], values["pruned"], strict=True)
         found["quotient"] = middle["oracle"] / middle["pruned"]
-        _, found["quotient_p25"], found["quotient_p75"] = spread([oracle / pruned for oracle, pruned in pairs])
+        paired = spread([oracle / pruned for oracle, pruned in pairs])
+        found |= dict(zip(("quotient_p50", "quotient_p25", "quotient_p75"), paired, strict=True))
     of = statistics.median(whole) if whole else middle.get("unpruned")
     if of and "pruned" in middle:
         found["share"] = middle["pruned"] / of
@@ -177,7 +179,7 @@ def line_of(row: Row) -> str:
         text += f"; {row.pruned_speedup:.2f}x"
         text += f", oracle {row.oracle_speedup:.2f}x" if row.oracle_speedup is not None else ""
     if row.quotient is not None and row.measure != "plan":
-        text += f", quotient {row.quotient:.3f} [{row.quotient_p25:.3f} {row.quotient_p75:.3f}]"
+        text += f", quotient {row.quotient:.3f} [{row.quotient_p25:.3f} {row.quotient_p50:.3f} {row.quotient_p75:.3f}]"
     if row.measure == "plan" and row.share is not None:
         text += f"; {row.share:.2%} of the unpruned prefill"
     if row.bound is not None:
