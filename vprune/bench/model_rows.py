@@ -30,8 +30,8 @@ class Row:
     """A line of bench.csv: one measure of one cell, medians and quartiles of the three sides in `unit`.
 
     Speed-ups are the unpruned median over another (above 1: less of it); `quotient` is the pruned speed-up over the
-    oracle's, its median and quartiles those of neighbours in time; `share`: the pruned median of the unpruned one, of a plan
-    that of the unpruned prefill. Lengths are rows of a sample that the decoder reads (the mean over layers).
+    oracle's, its own median and quartiles those of neighbours in time; `share`: the pruned median of the unpruned one,
+    of a plan that of the unpruned prefill. Lengths are rows of a sample that the decoder reads (the mean over layers).
     """
 
     model: str
