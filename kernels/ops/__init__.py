@@ -135,7 +135,14 @@ def rotate(
     bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Projected rows as rotated heads, scaled and shifted before; see `reference.rotate`."""
+    """Projected rows as rotated heads, scaled and shifted before; see `reference.rotate`.
+
+    Raises:
+        VPruneError: as `backend_module`; or the rows are no whole heads, or a head has no two halves.
+    """
+    width, head = rows.shape[-1], cos.shape[-1]
+    if not head or head % 2 or width % head:
+        raise VPruneError(f"rotate: rows of {width} numbers are no whole heads of {head} numbers, in two halves each")
     module = backend_module(backend, "rotate", rows, cos, sin)
     result: Tensor = module.rotate(rows, cos, sin, factor=factor, bias=bias)
     return result

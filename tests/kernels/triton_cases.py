@@ -122,6 +122,9 @@ def test_rotate_needs_one_dtype() -> None:
         kernels.rotate(rows.bfloat16(), turn, turn, backend="triton")
     with pytest.raises(VPruneError, match=r"float64, the kernel computes in float32"):
         kernels.rotate(rows.double(), turn.double(), turn.double(), backend="triton")
+    for backend, width in (("triton", 3), ("torch", 6), ("auto", 1)):
+        with pytest.raises(VPruneError, match=f"8 numbers are no whole heads of {width}"):
+            kernels.rotate(rows, turn[..., :1].expand(-1, -1, width), turn, backend=backend)
     assert kernels.rotate(rows[:0], turn[:0], turn[:0], backend="triton").shape == (0, 2, 5, 4)
 
 
