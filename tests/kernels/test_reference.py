@@ -172,3 +172,18 @@ def test_a_plain_cpu_never_loads_triton() -> None:
         "assert 'triton' not in sys.modules and 'vprune.kernels.triton_ops' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("factor", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_rotate_turns_pairs_of_numbers(factor: bool, bias: bool, backend: str) -> None:
+    """Numbers i and i + D / 2 of a head are a complex number, times e^(i angle)."""
+    rows, angle = draw(2, 63, 3 * 8), draw(1, 63, 4, seed=1)
+    cos, sin = (torch.cat([part, part], -1) for part in (angle.cos(), angle.sin()))
+    more = {"factor": draw(2, 63, 1, seed=2)} if factor else {}
+    more |= {"bias": draw(3 * 8, seed=3)} if bias else {}
+    found = kernels.rotate(rows, cos, sin, **more, backend=backend)
+    x = (rows * more.get("factor", 1) + more.get("bias", 0)).view(2, 63, 3, 8).transpose(1, 2)
+    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angle), angle)
+    torch.testing.assert_close(found, torch.cat([turned.real, turned.imag], -1))
