@@ -108,7 +108,7 @@ class Begun:
     """A prefill planned up to the first layer.
 
     `embeds` [B, K, D] and `positions`: what that layer reads; `short`: how they came to be, None if nothing was pruned;
-    `past` and `stored` as in `Prefill`; `passage` tells the rest, when the host has time for it.
+    `past` and `stored` as in `Prefill`; `passage` tells the rest, which is known by now, or, `late`, can wait.
     """
 
     embeds: Tensor
@@ -144,8 +144,8 @@ class Recording:
         self.plan, self._replay = recorded(partial(planned, self.pruner, self.prefill), pool)
         plan, taken = self.plan, self.plan.packed.taken
         # Of the replay that was last, for what is over before the next one.
-        self._short = None if plan.short is None else _with(plan.short, taken)
-        self._moved = None if plan.short is None else taken(plan.positions)
+        self._short = None if plan.short is None else _filled(plan.short, taken)
+        self._positions = None if plan.short is None else taken(plan.positions)
 
     def _write(self, reads: Reads) -> None:
         self.prefill.hidden.copy_(reads.hidden)
@@ -159,8 +159,8 @@ class Recording:
             self._write(reads)
             self._replay()
         positions = self.prefill.positions if reads.positions is None else reads.positions
-        if self.plan.shorter is not None and self._moved is not None:
-            embeds, positions = self.plan.shorter.clone(), self._moved.clone()
+        if self.plan.shorter is not None and self._positions is not None:
+            embeds, positions = self.plan.shorter.clone(), self._positions.clone()
         past, stored = self.prefill.past, self.prefill.stored
         passage = partial(self._passage, reads, clock, embeds, positions)
         return Begun(embeds, positions, self._short, past, stored, passage, late=True)
@@ -173,11 +173,11 @@ class Recording:
         plan, packed = self.plan, self.plan.packed.copy()
         passage.told_of(lambda: mapped(plan.decided, packed.taken))
         if plan.short is not None:
-            passage.move_on(0, _with(plan.short, packed.taken), embeds, positions, packed.taken(plan.visual))
+            passage.move_on(0, _filled(plan.short, packed.taken), embeds, positions, packed.taken(plan.visual))
         return passage
 
 
-def _with(short: Shortening, taken: Callable[[Any], Tensor]) -> Shortening:
+def _filled(short: Shortening, taken: Callable[[Any], Tensor]) -> Shortening:
     """The same with tensors in place of the slots that the first layer asks for."""
     return replace(short, index=taken(short.index), bias=None if short.bias is None else taken(short.bias))
 
@@ -314,7 +314,7 @@ def layout_of(reads: Reads, weights: tuple[int, ...]) -> Hashable | None:
     positions, mask = reads.positions, kwargs.get("attention_mask")
     return (
         *glance.layout,
-        None if mask is glance.mask else glance.facts_with(mask).valid.numpy().tobytes(),
+        None if mask is glance.mask else glance.facts_filled(mask).valid.numpy().tobytes(),
         *(tuple((one.grid, one.call) for one in reads.tower), hidden.shape, hidden.dtype, hidden.device),
         None if positions is None else (positions.shape, positions.dtype),
         *weights,

@@ -235,9 +235,10 @@ def tables(
     for one in models:
         rows = [row for row in one.rows if row["bound"] or (whole and row["measure"] == "prefill")]
         rows = [row for row in rows if whole or row["decode"] != "eager" or row["measure"] not in STEPS]
-        stored = [row for row in rows if row["measure"] == "kv_visual"]
-        rows = rows if whole else [row for row in rows if row not in stored[1:]]
-        if not rows or (not whole and rows == stored[:1]):
+        if not whole:
+            stored = [row for row in rows if row["measure"] == "kv_visual"]
+            rows = [row for row in rows if row not in stored[1:]]
+        if all(row["measure"] == "kv_visual" for row in rows):
             continue
         name, method, decode = (one.rows[0][key] for key in ("model", "method", "decode"))
         way = "" if decode == "eager" else f", decoding {'compiled' if decode == 'compiled' else 'as CUDA graphs'}"

@@ -171,6 +171,14 @@ def recycle(tokens: Tensor, source: Tensor, lengths: Tensor, weights: Tensor) ->
     return bags.to(tokens.dtype)
 
 
+def scaled(rows: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Factor * rows + bias in the dtype of the rows [B, N, D], with a factor [B, N, 1] and a bias [D] where given."""
+    if factor is None:
+        return rows if bias is None else rows + bias
+    made = rows * factor if bias is None else torch.addcmul(bias, rows, factor)
+    return made.to(rows.dtype)
+
+
 def rotate(
     rows: Tensor, cos: Tensor, sin: Tensor, *, factor: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
@@ -193,11 +201,7 @@ def rotate(
         >>> rotate(torch.tensor([[[1.0, 2.0]]]), torch.zeros(1, 1, 2), torch.ones(1, 1, 2)).flatten()
         tensor([-2.,  1.])
     """
-    if factor is not None:
-        scaled = rows * factor if bias is None else torch.addcmul(bias, rows, factor)
-        rows = scaled.to(rows.dtype)
-    elif bias is not None:
-        rows = rows + bias
+    rows = scaled(rows, factor, bias)
     x = rows.view(*rows.shape[:2], rows.shape[-1] // cos.shape[-1], cos.shape[-1])
     first, second = x.chunk(2, -1)
     rotated: Tensor = x * cos[:, :, None] + torch.cat([-second, first], -1) * sin[:, :, None]

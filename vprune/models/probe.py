@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vprune import kernels
 from vprune.errors import VPruneError
+from vprune.kernels.reference import scaled
 from vprune.models.cache import PastView, cache_for, widened
 from vprune.models.masks import attention_mask_4d
 from vprune.models.rotary import rotary_positions, rotations
@@ -119,11 +120,7 @@ def projected(norm: Any, projection: Any, hidden: Tensor) -> tuple[Tensor, Tenso
 
 def projected_keys(norm: Any, projection: Any, hidden: Tensor) -> Tensor:
     """projection(norm(hidden)) of rows [B, N, D], see `projected`."""
-    product, factor, bias = projected(norm, projection, hidden)
-    if factor is None:
-        return product
-    made = product * factor if bias is None else torch.addcmul(bias, product, factor)
-    return made.to(product.dtype)
+    return scaled(*projected(norm, projection, hidden))
 
 
 def _as_loaded(module: Any) -> bool:
