@@ -314,7 +314,7 @@ def layout_of(reads: Reads, weights: tuple[int, ...]) -> Hashable | None:
     positions, mask = reads.positions, kwargs.get("attention_mask")
     return (
         *glance.layout,
-        None if mask is glance.mask else glance.facts_filled(mask).valid.numpy().tobytes(),
+        None if mask is glance.mask else glance.facts_with(mask).valid.numpy().tobytes(),
         *(tuple((one.grid, one.call) for one in reads.tower), hidden.shape, hidden.dtype, hidden.device),
         None if positions is None else (positions.shape, positions.dtype),
         *weights,

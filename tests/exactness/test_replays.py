@@ -191,6 +191,27 @@ def test_each_layout_is_recorded_by_itself_and_the_oldest_forgotten(tiny_process
         assert not pruning._replays._known
 
 
+def test_another_mask_than_the_models_is_read_for_itself(tiny_processor: Any) -> None:
+    """The decoder may be given a mask that the model was not: a copy is the same layout, other padding another."""
+    model, inputs = build_model(), batch(tiny_processor, "single")
+    padding = [0]
+
+    def exchanged(decoder: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        mask = inputs["attention_mask"].clone()
+        mask[:, : padding[0]] = 0
+        return args, {**kwargs, "attention_mask": mask}
+
+    handle = model.model.language_model.register_forward_pre_hook(exchanged, with_kwargs=True)  # before the pruning's
+    wanted, found = [], []
+    for graphs, logits in ((False, wanted), (True, found)):
+        with recording("cpu") as made, torch.no_grad(), vprune.prune(model, "attention", keep=0.3, graphs=graphs):
+            for padding[0] in (0, 0, 0, 1, 1, 1):
+                logits.append(model(**inputs).logits)
+    handle.remove()
+    assert len(made) == 2 and not torch.equal(wanted[0], wanted[3])
+    assert alike(found, wanted)
+
+
 def test_weights_that_were_moved_are_not_read_where_they_lay(tiny_processor: Any) -> None:
     model, inputs = build_model(), batch(tiny_processor, "single")
     with recording("cpu") as made, torch.no_grad(), vprune.prune(model, "attention", keep=0.3, graphs=True):
