@@ -9,6 +9,8 @@ import torch
 
 import vprune
 from tests.exactness.families import KINDS, LINED, batch, build
+from vprune.bench.architectures import ARCHITECTURES, make_prompt
+from vprune.bench.architectures import build as build_shape
 from vprune.models import prefill
 from vprune.models.anatomy import dissect, newline_places, visual_kinds
 from vprune.models.breaks import breaks_to_come
@@ -78,6 +80,21 @@ def test_nobody_looks_at_the_features(family: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("vprune.models.breaks._packed", lambda *_: None)
     with vprune.prune(model, "attention", keep=0.4), pytest.raises(AssertionError, match="looked"):
         model(**inputs)
+
+
+@pytest.mark.parametrize("told", [None, 0, 1])
+def test_numbers_of_pictures_that_are_not_there(told: int | None) -> None:
+    """The model reads as many of `batch_num_images` as there are pictures: so does what foretells it."""
+    architecture = ARCHITECTURES["onevision-7b"]
+    model = build_shape(architecture.config(True), torch.device("cpu"), torch.float32)
+    inputs = dict(make_prompt(model, architecture, "image", 64, 1).inputs)
+    assert len(inputs["image_sizes"]) == 1 and inputs["batch_num_images"].tolist() == [2]
+    if told is not None:
+        inputs["batch_num_images"] = torch.tensor([[3, 2], [2, 1]][told])
+    there = newline_places(dissect(model), read_prompt(model, inputs).hidden)
+    found = foretold(model, inputs)
+    assert found is not None and there is not None and int(there.sum()) == 1
+    assert torch.equal(found, there)
 
 
 @pytest.mark.parametrize("family", LINED)

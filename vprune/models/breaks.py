@@ -74,7 +74,7 @@ def _packed(anatomy: Anatomy, told: Mapping[str, Any], places: Tensor) -> Tensor
         tile = config.vision_config.image_size
         tiles = [
             count_tiles(size, config.image_grid_pinpoints, tile) if own else 1
-            for size, own in zip(sizes, cut, strict=True)
+            for size, own in zip(sizes, cut, strict=False)  # (as the model: so many as there are)
         ]
         given: dict[str, Any] = {
             name: told[name] if told[name] is not None else getattr(config, name, None)
