@@ -24,7 +24,7 @@ ABOUT = {
     "command": "vprune eval -m method=NAME,... keep=0.5,0.25,0.1,0.05 batch_size=128; learned budget=question, too",
     "hardware": "four NVIDIA H200 of one host, several runs at once on each: seconds are not comparable",
     "versions": "torch 2.11.0, transformers 5.17.0, triton 3.6.0",
-    "git_commit": "f103e23 (the runs tell it as d81fc02+, files changed since); learned at 1c4095b (told as a8cb2f4+)",
+    "git_commit": "0e6cbb3 (the runs tell it as 758116a+, files changed since)",
     "complete": "yes: 27 methods at four budgets, full, learned with budget=question at four",
 }
 Row = dict[str, Any]
