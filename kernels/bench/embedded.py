@@ -123,8 +123,8 @@ def main() -> None:
     loaded = load(ModelChoice("embedded", device=options.device))
     rows = []
     print(
-        f"{torch.__version__=} on {loaded.device}; one line: plan, its shares of both; prefill, unpruned; "
-        "answer, unpruned (ms)"
+        f"{torch.__version__=} on {loaded.device}; one line: plan, its share of the unpruned prefill and of the "
+        "unpruned answer; prefill, unpruned; answer, unpruned (ms)"
     )
     for threads in map(int, options.threads.split(",")) if options.threads else (torch.get_num_threads(),):
         torch.set_num_threads(threads)
