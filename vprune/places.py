@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from vprune.models.aside import numbers_on
-from vprune.records import VisualTokens, together
+from vprune.records import VisualTokens
+
+
+def together(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape [...] as one, [I, ...]; a single one is not copied."""
+    return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
 
 
 def some_rows(tensor: Tensor, rows: Tensor | int) -> Tensor:
@@ -37,3 +43,14 @@ def slice_of(images: Sequence[VisualTokens], batch: int) -> slice | None:
         return None
     alike = all(image.start == start and image.sample == sample for sample, image in enumerate(images))
     return slice(start, start + len(images[0])) if alike else None
+
+
+def in_order(numbers: Tensor, count: int) -> Tensor:
+    """Stable argsort of the last dimension of a LongTensor of numbers below `count`."""
+    if numbers.is_cuda:  # (whose sort takes a pass for every few bits; a CPU's takes longer with fewer)
+        numbers = numbers.to(next(dtype for dtype in (torch.uint8, torch.int16, torch.long) if _holds(dtype, count)))
+    return numbers.argsort(dim=-1, stable=True)
+
+
+def _holds(dtype: torch.dtype, count: int) -> bool:
+    return count - 1 <= torch.iinfo(dtype).max

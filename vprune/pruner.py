@@ -16,8 +16,8 @@ from vprune.errors import VPruneError
 from vprune.method_files import method_label, read_method
 from vprune.models.anatomy import Anatomy
 from vprune.models.aside import sent
-from vprune.places import rows_of
-from vprune.records import Grid, Prefill, Selection, VisualTokens, together
+from vprune.places import rows_of, together
+from vprune.records import Grid, Prefill, Selection, VisualTokens
 from vprune.recycling import Absorption, Recycler, pool_cells, representatives
 from vprune.scoring import Scorer
 from vprune.selection import Ranking, Selector, TopK, cell_of_token, cells_within, frame_by_frame

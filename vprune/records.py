@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,11 +22,6 @@ if TYPE_CHECKING:
 
 Grid = tuple[int, int, int]
 """Frames, rows and columns of an image's visual tokens, (t, h, w); t * h * w tokens in raster order."""
-
-
-def together(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape [...] as one, [I, ...]; a single one is not copied."""
-    return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
 
 
 @dataclass(frozen=True)
@@ -48,6 +43,8 @@ class Selection:
     counted: Tensor | None = None
     mass: Tensor | None = None
     whole: bool = False
+    _piece: ClassVar[tuple[Selection | None, int]] = (None, 0)
+    """The selection of images alike that it was unbound from, and its place there: it need not be stacked again."""
 
     @property
     def is_identity(self) -> bool:
@@ -103,7 +100,8 @@ class Selection:
         row = source if whole else source.clamp(min=0)
         own = own if whole else torch.where(source >= 0, own, 0)
         total = torch.zeros_like(kept).scatter_add_(-1, row, own)
-        weights = own.to(torch.float64) / total.gather(-1, row)
+        weights = total.to(torch.float64).reciprocal().gather(-1, row)
+        weights = weights if whole and sizes is None else own * weights
         if shares is not None:
             counted = own * shares.to(torch.float64).nan_to_num(0.0, 0.0, 0.0).clamp(min=0.0)
             sums = torch.zeros_like(kept, dtype=torch.float64).scatter_add_(-1, row, counted).gather(-1, row)
@@ -138,6 +136,10 @@ class Selection:
     @classmethod
     def stacked(cls, selections: Sequence[Selection]) -> Selection:
         """Selections of images alike as one, [I, K] and [I, N]."""
+        whole = selections[0]._piece[0]
+        numbers = [one._piece[1] if one._piece[0] is whole else -1 for one in selections]
+        if whole is not None and numbers == list(range(whole.kept.shape[0])):
+            return whole
         if len(selections) == 1:
             return selections[0]._each(lambda part: part[None])
         kept, source, sizes = (
@@ -154,7 +156,10 @@ class Selection:
 
     def unbind(self) -> list[Selection]:
         """The selections of the single images of [I, K] and [I, N]."""
-        return [self._each(itemgetter(number)) for number in range(len(self.kept))]
+        pieces = [self._each(itemgetter(number)) for number in range(len(self.kept))]
+        for number, piece in enumerate(pieces):
+            vars(piece)["_piece"] = (self, number)
+        return pieces
 
 
 @dataclass(frozen=True)

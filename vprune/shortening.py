@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vprune import kernels
 from vprune.models.aside import numbers_on
-from vprune.records import Prefill, Selection, VisualTokens, together
+from vprune.places import in_order, slice_of, together
+from vprune.records import Prefill, Selection, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,11 @@ class Shortening:
 
     def shorten(self, hidden: Tensor) -> Tensor:
         """[B, L, D] -> [B, K, D], merged rows put in."""
-        return self._merged(kernels.compact(hidden, self.index), hidden)
+        return self._merged(kernels.compact(hidden, self.index, padded=self.padded), hidden)
 
     def shorten_all(self, hidden: Tensor, positions: Tensor, marks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`shorten`, and what belongs to columns: position ids [B, L] or [P, B, L], and marks, bool [B, L]."""
-        short, positions, marked = kernels.compact_batch(hidden, self.index, positions, marks)
+        short, positions, marked = kernels.compact_batch(hidden, self.index, positions, marks, padded=self.padded)
         assert marked is not None
         return self._merged(short, hidden), positions, marked
 
@@ -103,34 +105,29 @@ def shorten_batch(prefill: Prefill, selections: Sequence[Selection], size_aware:
         shape = (len(image), selection.kept.shape[0], selection.shares is None, selection.mass is None)
         groups.setdefault(shape, []).append(number)
     width = max(counts)
-    stays = prefill.valid.flatten().clone()
-    laid: list[tuple[list[int], Selection, Tensor | int, Tensor, Tensor]] = []
+    laid: list[tuple[list[int], Selection, Tensor | int, Tensor]] = []
     for numbers in groups.values():
         one = Selection.stacked([selections[number].to(device) for number in numbers])
         columns = together([prefill.images[number].columns.to(device) for number in numbers])
         samples = tuple(prefill.images[number].sample for number in numbers)
         rows = samples[0] if len(samples) == 1 else numbers_on(device, samples)[:, None]
-        places = columns + rows * length
-        chosen = places.gather(1, one.kept)
-        if not one.is_identity:
-            stays.scatter_(0, places.flatten(), False).scatter_(0, chosen.flatten(), True)
-        laid.append((numbers, one, rows, places, chosen))
-    stays = stays.view(batch, length)
-    seen = stays.cumsum(-1)
-    column = torch.where(stays, seen - seen[:, -1:] + (width - 1), width)
-    # Columns that do not stay go to one of their own behind the last, which is cut off again.
-    index = torch.full((batch, width + 1), -1, device=device)
-    index = index.scatter_(1, column, torch.arange(length, device=device).expand(batch, -1))[:, :width]
+        laid.append((numbers, one, rows, columns))
+    part = slice_of(prefill.images, batch) if len(laid) == 1 and min(prefill.counts) == length else None
+    if part is not None:
+        index, columns_of = _in_one_piece(part, length, laid[0][1])
+    else:
+        index, columns_of = _laid_out(prefill.valid, width, laid)
     images, merges, bias = list(prefill.images), [], None
     exact = torch.promote_types(prefill.hidden.dtype, torch.float32)
     tail = length
-    for numbers, one, rows, places, chosen in laid:
-        new = column.flatten()[chosen]
+    for (numbers, one, rows, columns), new in zip(laid, columns_of, strict=True):
         held = [image.standing for number in numbers if (image := images[number]).standing is not None]
         if any(known.shares is not None for known in (one, *held)):
             targets = (new + rows * width).flatten()
             if one.shares is not None:
-                merges.append(_merges(one, one.shares, places, targets))
+                # A row stands for as many tokens as it is made of, unless these stand for others themselves.
+                lengths = None if held else one.counted
+                merges.append(_merges(one, one.shares, columns + rows * length, targets, lengths))
             if size_aware:
                 bias = torch.zeros(batch * width, device=device, dtype=exact) if bias is None else bias
                 counted = one.sizes if one.mass is None else one.mass
@@ -144,16 +141,49 @@ def shorten_batch(prefill: Prefill, selections: Sequence[Selection], size_aware:
     return Shortening(index, tuple(counts), tail, merges, bias, images)
 
 
-def _merges(selection: Selection, shares: Tensor, places: Tensor, targets: Tensor) -> Merges:
-    """The rows of images alike, [I, K], as sums of the tokens that they stand for; a row of one token is that token."""
+def _laid_out(
+    valid: Tensor, width: int, laid: Sequence[tuple[Any, Selection, Tensor | int, Tensor]]
+) -> tuple[Tensor, list[Tensor]]:
+    """The columns that stay, [B, K], and those of them that each group of images alike has then, [I, K_i]."""
+    (batch, length), stays, chosen = valid.shape, valid.flatten().clone(), []
+    for _, one, rows, columns in laid:
+        places = columns + rows * length
+        chosen.append(places.gather(1, one.kept))
+        if not one.is_identity:
+            stays.scatter_(0, places.flatten(), False).scatter_(0, chosen[-1].flatten(), True)
+    stays = stays.view(batch, length)
+    seen = stays.cumsum(-1)
+    column = torch.where(stays, seen - seen[:, -1:] + (width - 1), width)
+    # Columns that do not stay go to one of their own behind the last, which is cut off again.
+    index = torch.full((batch, width + 1), -1, device=valid.device)
+    index = index.scatter_(1, column, torch.arange(length, device=valid.device).expand(batch, -1))[:, :width]
+    return index, [column.flatten()[places] for places in chosen]
+
+
+def _in_one_piece(part: slice, length: int, selection: Selection) -> tuple[Tensor, list[Tensor]]:
+    """`_laid_out` of a batch without padding, whose images all stand in one `part` of the columns."""
+    every = torch.arange(length, device=selection.kept.device).expand(len(selection.kept), -1)
+    index = torch.cat([every[:, : part.start], selection.kept + part.start, every[:, part.stop :]], 1)
+    return index, [every[:, part.start : part.start + selection.kept.shape[1]]]
+
+
+def _merges(
+    selection: Selection, shares: Tensor, places: Tensor, targets: Tensor, lengths: Tensor | None = None
+) -> Merges:
+    """The rows of images alike, [I, K], as sums of the tokens that they stand for; a row of one token is that token.
+
+    `lengths` LongTensor [I, K]: of how many tokens each is made, but for those that are dropped, None = not known yet.
+    """
     row = selection.source
     if not selection.whole:
+        lengths = None
         # What is dropped joins the sum that is last, with no weight and in the guise of the token that stands there.
         dropped = row < 0
         row = torch.where(dropped, selection.kept.shape[1] - 1, row)
         places = torch.where(dropped, places.gather(1, selection.kept[:, -1:]), places)
         shares = torch.where(dropped, 0.0, shares)
-    order = row.argsort(dim=-1, stable=True)
-    lengths = torch.zeros_like(selection.kept).scatter_add_(1, row, torch.ones_like(row))
+    order = in_order(row, selection.kept.shape[1])
+    if lengths is None:
+        lengths = torch.zeros_like(selection.kept).scatter_add_(1, row, torch.ones_like(row))
     sources, weights = places.gather(1, order), shares.gather(1, order)
     return Merges(targets, sources.flatten(), lengths.flatten(), weights.flatten())

@@ -22,6 +22,7 @@ __all__ = [
     "compact",
     "compact_batch",
     "compact_kv",
+    "modulate",
     "recycle",
     "rotate",
     "select",
@@ -48,7 +49,9 @@ def backend_module(backend: str = "auto", operation: str | None = None, *inputs:
     """
     if backend not in BACKENDS:
         raise VPruneError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
-    if backend == "torch" or (backend == "auto" and not (_TRITON_INSTALLED and inputs and _all_on_cuda(inputs))):
+    if backend == "torch" or (backend == "auto" and not (inputs and inputs[0].is_cuda and _all_on_cuda(inputs))):
+        return reference
+    if backend == "auto" and not _TRITON_INSTALLED:
         return reference
     if not _TRITON_INSTALLED:
         raise VPruneError("backend='triton': the package triton is not installed; pip install triton, or use 'auto'")
@@ -95,18 +98,24 @@ def column_mass(
     return result
 
 
-def compact(tokens: Tensor, index: Tensor, *, backend: str = "auto") -> Tensor:
+def compact(tokens: Tensor, index: Tensor, *, padded: bool = True, backend: str = "auto") -> Tensor:
     """Gather rows into a shorter, left-padded batch; see `reference.compact`."""
-    result: Tensor = backend_module(backend, "compact", tokens, index).compact(tokens, index)
+    result: Tensor = backend_module(backend, "compact", tokens, index).compact(tokens, index, padded=padded)
     return result
 
 
 def compact_batch(
-    tokens: Tensor, index: Tensor, positions: Tensor, masks: Tensor | None = None, *, backend: str = "auto"
+    tokens: Tensor,
+    index: Tensor,
+    positions: Tensor,
+    masks: Tensor | None = None,
+    *,
+    padded: bool = True,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gather rows, their position ids and their masks in one pass; see `reference.compact_batch`."""
     module = backend_module(backend, "compact_batch", tokens, index, positions)
-    result: tuple[Tensor, Tensor, Tensor | None] = module.compact_batch(tokens, index, positions, masks)
+    result: tuple[Tensor, Tensor, Tensor | None] = module.compact_batch(tokens, index, positions, masks, padded=padded)
     return result
 
 
@@ -116,6 +125,20 @@ def compact_kv(
     """Gather rows of the keys and values of many layers in one launch; see `reference.compact_kv`."""
     module = backend_module(backend, "compact_kv", index, *keys, *values)
     result: tuple[list[Tensor], list[Tensor]] = module.compact_kv(keys, values, index)
+    return result
+
+
+def modulate(x: Tensor, gain: Tensor, offset: Tensor, *, eps: float = 1e-5, backend: str = "auto") -> Tensor:
+    """Frames normed, scaled, shifted and through a SiLU; see `reference.modulate`.
+
+    Raises:
+        VPruneError: as `backend_module`; or gains and offsets are not those of the frames' channels.
+    """
+    frames, channels = x.shape[0], x.shape[-1]
+    for name, shape in (("gain", gain.shape), ("offset", offset.shape)):
+        if shape not in ((1, channels), (frames, channels)):
+            raise VPruneError(f"modulate: {name} {tuple(shape)} does not fit {frames} frames of {channels} channels")
+    result: Tensor = backend_module(backend, "modulate", x, gain, offset).modulate(x, gain, offset, eps=eps)
     return result
 
 

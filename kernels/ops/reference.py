@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, layer_norm, silu
 
 from vprune.errors import VPruneError
 
@@ -78,25 +78,26 @@ def column_mass(
     return total / (counted * heads)
 
 
-def compact(tokens: Tensor, index: Tensor) -> Tensor:
+def compact(tokens: Tensor, index: Tensor, *, padded: bool = True) -> Tensor:
     """Gather rows into a shorter, left-padded batch.
 
     Args:
         tokens: [B, L, D].
         index: LongTensor [B, K], the row to stand at each place, -1 = padding.
+        padded: False where the caller knows that there is none.
 
     Returns:
         [B, K, D], zeros where the index is -1.
     """
-    places = index.clamp(min=0)
-    if len(tokens) > 1:
-        places = places + torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
-    gathered = tokens.flatten(0, 1).index_select(0, places.flatten())
-    return gathered.view(*index.shape, -1).masked_fill_((index < 0)[..., None], 0)
+    places = index.clamp(min=0) if padded else index
+    if tokens.shape[0] > 1:
+        places = places + torch.arange(tokens.shape[0], device=tokens.device)[:, None] * tokens.shape[1]
+    gathered = tokens.flatten(0, 1).index_select(0, places.flatten()).view(*index.shape, -1)
+    return gathered.masked_fill_((index < 0)[..., None], 0) if padded else gathered
 
 
 def compact_batch(
-    tokens: Tensor, index: Tensor, positions: Tensor, masks: Tensor | None = None
+    tokens: Tensor, index: Tensor, positions: Tensor, masks: Tensor | None = None, *, padded: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Shorten a batch: the same rows of its embeddings, position ids and masks.
 
@@ -105,6 +106,7 @@ def compact_batch(
         index: LongTensor [B, K], the row to stand at each place, -1 = padding.
         positions: integers [B, L], or [P, B, L] for rotations with P coordinates; one row may serve all samples.
         masks: bool [B, L] or [M, B, L], None when there are none.
+        padded: False where the caller knows that there is no padding.
 
     Returns:
         [B, K, D], [B, K] or [P, B, K], [B, K] or [M, B, K]. Padding has zeros, the position of column 0, and False.
@@ -114,14 +116,16 @@ def compact_batch(
         >>> compact_batch(tokens, index, torch.tensor([[7, 8, 9]]))[1]
         tensor([[7, 7, 9]])
     """
-    positions = _columns(positions, index)
+    places = index.clamp(min=0) if padded else index
+    positions = _columns(positions, places)
     if masks is not None:
-        masks = _columns(masks, index) & (index >= 0)
-    return compact(tokens, index), positions, masks
+        masks = _columns(masks, places)
+        masks = masks & (index >= 0) if padded else masks
+    return compact(tokens, index, padded=padded), positions, masks
 
 
-def _columns(per_column: Tensor, index: Tensor) -> Tensor:
-    places = index.clamp(min=0).expand(*per_column.shape[:-2], *index.shape)
+def _columns(per_column: Tensor, places: Tensor) -> Tensor:
+    places = places.expand(*per_column.shape[:-2], *places.shape)
     return per_column.expand(*places.shape[:-1], per_column.shape[-1]).gather(-1, places)
 
 
@@ -148,6 +152,29 @@ def compact_kv(keys: Sequence[Tensor], values: Sequence[Tensor], index: Tensor) 
         return rows.masked_fill(places < 0, 0)
 
     return [shorter(key) for key in keys], [shorter(value) for value in values]
+
+
+def modulate(x: Tensor, gain: Tensor, offset: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """Frames normed as wholes, scaled and shifted channel by channel, and through a SiLU.
+
+    silu(gain_c (x - mean) / sqrt(variance + eps) + offset_c), mean and variance over all numbers of a frame (a group
+    norm of one group, arXiv 1803.08494; modulated as in FiLM, arXiv 1709.07871).
+
+    Args:
+        x: [F, ..., C].
+        gain: [F or 1, C].
+        offset: the same.
+        eps: added to the variance.
+
+    Returns:
+        The shape and dtype of x.
+
+    Example:
+        >>> modulate(torch.tensor([[[1.0], [-1.0]]]), torch.zeros(1, 1), torch.ones(1, 1)).flatten()
+        tensor([0.7311, 0.7311])
+    """
+    gain, offset = (one.view(one.shape[0], *(1,) * (x.ndim - 2), -1) for one in (gain, offset))
+    return silu(torch.addcmul(offset, layer_norm(x, x.shape[1:], eps=eps), gain))
 
 
 def recycle(tokens: Tensor, source: Tensor, lengths: Tensor, weights: Tensor) -> Tensor:
@@ -204,7 +231,8 @@ def rotate(
     rows = scaled(rows, factor, bias)
     x = rows.view(*rows.shape[:2], rows.shape[-1] // cos.shape[-1], cos.shape[-1])
     first, second = x.chunk(2, -1)
-    rotated: Tensor = x * cos[:, :, None] + torch.cat([-second, first], -1) * sin[:, :, None]
+    across = torch.cat([-second, first], -1).mul_(sin[:, :, None])
+    rotated: Tensor = (x * cos[:, :, None]).add_(across)
     return rotated.transpose(1, 2)
 
 

@@ -167,14 +167,14 @@ _compact.register_autograd(_compact_backward, setup_context=_remember)
 _compact_batch.register_autograd(_compact_batch_backward, setup_context=_remember)
 
 
-def compact(tokens: Tensor, index: Tensor) -> Tensor:
-    """Gather rows into a shorter, left-padded batch; see `reference.compact`."""
+def compact(tokens: Tensor, index: Tensor, *, padded: bool = True) -> Tensor:
+    """Gather rows into a shorter, left-padded batch; see `reference.compact`; to look for padding costs nothing."""
     result: Tensor = _compact(tokens, index)
     return result
 
 
 def compact_batch(
-    tokens: Tensor, index: Tensor, positions: Tensor, masks: Tensor | None = None
+    tokens: Tensor, index: Tensor, positions: Tensor, masks: Tensor | None = None, *, padded: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gather rows, their position ids and their masks in one launch; see `reference.compact_batch`."""
     batch = index.shape[0]

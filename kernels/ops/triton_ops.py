@@ -8,11 +8,22 @@ from vprune.kernels.triton_column_mass import attention_problem, column_mass
 from vprune.kernels.triton_compact import compact, compact_batch
 from vprune.kernels.triton_compact_kv import cache_problem, compact_kv
 from vprune.kernels.triton_launch import copy_problem, gradient_problem, place_problem
+from vprune.kernels.triton_modulate import modulate, modulation_problem
 from vprune.kernels.triton_recycle import number_problem, recycle
 from vprune.kernels.triton_rotate import rotate, rotation_problem
 from vprune.kernels.triton_select import row_problem, select
 
-__all__ = ["column_mass", "compact", "compact_batch", "compact_kv", "recycle", "rotate", "select", "why_not"]
+__all__ = [
+    "column_mass",
+    "compact",
+    "compact_batch",
+    "compact_kv",
+    "modulate",
+    "recycle",
+    "rotate",
+    "select",
+    "why_not",
+]
 
 
 def why_not(operation: str, *inputs: Tensor) -> str | None:
@@ -26,6 +37,8 @@ def why_not(operation: str, *inputs: Tensor) -> str | None:
     if operation == "compact_kv":
         layers = inputs[1:]
         return cache_problem(layers) or copy_problem(layers[0] if layers else first) or gradient_problem(*layers)
+    if operation == "modulate":
+        return modulation_problem(first) or gradient_problem(*inputs)
     if operation == "recycle":
         return number_problem(first)
     if operation == "rotate":

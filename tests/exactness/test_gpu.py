@@ -12,6 +12,7 @@ from tests.conftest import build_model
 from tests.exactness.agreement import agree, generate
 from tests.exactness.oracle import full_sight, oracle_generate, without_pruned
 from tests.exactness.prompts import KINDS, batch
+from vprune.places import in_order
 from vprune.recycling import Absorption
 from vprune.scoring.network import ScorerConfig, ScorerNetwork
 
@@ -66,7 +67,7 @@ def scored_and_grouped(images: int, grid: tuple[int, int, int], device: str) -> 
     chosen = torch.stack([torch.randperm(tokens, generator=draw)[:9] for _ in range(images)])
     plan = Absorption(grid, chosen[:, :5], chosen[:, 5:].sort().values, places, 0.5).to(torch.device(device))
     with torch.no_grad():
-        seen = network.seen(maps / tokens, grid, visual, text)
+        seen = network.seen(maps / tokens, grid, network.read(visual, text))
     return [part.cpu() for part in seen if part is not None], [plan.settled(visual.to(t)) for t in HALVES]
 
 
@@ -79,6 +80,14 @@ def test_scores_and_groups_are_those_of_a_cpu(images: int, grid: tuple[int, int,
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     for own, exact in zip(groups, others, strict=True):
         assert torch.equal(own.kept.cpu(), exact.kept) and torch.equal(own.source.cpu(), exact.source)
+
+
+@pytest.mark.parametrize("count", [1, 256, 257, 32768, 40000])
+def test_numbers_are_put_in_order_as_on_a_cpu(count: int) -> None:
+    """Narrower keys are sorted there."""
+    numbers = torch.randint(0, count, (3, 2, 700), generator=torch.Generator().manual_seed(0))
+    numbers[..., :2] = count - 1
+    assert torch.equal(in_order(numbers.cuda(), count).cpu(), numbers.argsort(dim=-1, stable=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,7 +16,8 @@ from tests.exactness.families import batch as family_batch
 from tests.exactness.families import build
 from tests.exactness.prompts import KINDS, batch
 from vprune.amounts import RECYCLERS
-from vprune.models.probe import gain_offset, layer_attention, projected_keys
+from vprune.kernels.reference import scaled
+from vprune.models.probe import _normed, gain_offset, layer_attention, projected
 from vprune.records import Prefill, Selection
 from vprune.recycling import Absorption, Recycler
 from vprune.selection import Random, Stride, TopK, frame_by_frame, spread_order
@@ -140,12 +141,16 @@ def test_keys_behind_a_norm_are_projected_as_the_model_does(kind: Any, bias: boo
         for dtype, close in ((torch.float64, 0), (torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0)):
             norm, projection, hidden = norm.to(dtype), projection.to(dtype), hidden.to(dtype)
             wanted = projection(norm(hidden))
-            torch.testing.assert_close(projected_keys(norm, projection, hidden), wanted, rtol=close, atol=close)
+            product, factor, shift = projected(norm, projection, hidden)
+            torch.testing.assert_close(scaled(product, factor, shift), wanted, rtol=close, atol=close)
+            some = _normed(norm, hidden[:, 2:], None if factor is None else factor[:, 2:])
+            assert some.dtype == dtype
+            torch.testing.assert_close(some, norm(hidden[:, 2:]), rtol=close, atol=close)
         watched = norm.register_forward_hook(lambda module, args, made: 2 * made)
-        assert torch.equal(projected_keys(norm, projection, hidden), projection(norm(hidden)))
+        assert torch.equal(scaled(*projected(norm, projection, hidden)), projection(norm(hidden)))
         watched.remove()
         projection.weight = torch.nn.Parameter(projection.weight.as_subclass(Doubled))  # as quantised weights are
-        assert torch.equal(projected_keys(norm, projection, hidden), projection(norm(hidden)))
+        assert torch.equal(scaled(*projected(norm, projection, hidden)), projection(norm(hidden)))
         assert float((projection(norm(hidden)) - wanted).abs().max()) > 0
 
 

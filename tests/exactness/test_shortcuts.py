@@ -13,9 +13,11 @@ from tests.exactness.families import FAMILIES, batch, build
 from vprune.models import rotary
 from vprune.models.anatomy import dissect
 from vprune.models.rotary import rotations
-from vprune.places import rows_of, slice_of
-from vprune.records import Prefill
+from vprune.places import in_order, rows_of, slice_of
+from vprune.pruner import load_method
+from vprune.records import Prefill, Selection
 from vprune.scoring.learned import read_features
+from vprune.shortening import shorten_batch
 from vprune.training.prompts import read_prompt
 
 
@@ -51,6 +53,32 @@ def test_the_shortcuts_are_taken() -> None:
         one_piece = bool((image.columns.diff() == 1).all())
         assert image.start == (int(image.columns[0]) if one_piece else -1)
         assert (slice_of([image], 1) is not None) == one_piece
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("kind", ["single", "mixed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_in_one_piece_are_laid_out_alike(family: str, kind: str, padding: int) -> None:
+    prefill = read_prompt(build(family, torch.float64), batch(family, kind, torch.float64))
+    pruner = load_method("uniform", keep=0.3, recycle="anchors", size_aware=True)
+    plans = pruner.plan(prefill, pruner.score(prefill), 0.3)
+    if padding:
+        valid = prefill.valid.clone()
+        valid[0, :padding] = False
+        counts = tuple(int(row.sum()) for row in valid)
+        prefill = replace(prefill, valid=valid, counts=counts)
+    known, found_out = (shorten_batch(one, plans, True) for one in (prefill, unknowing(prefill)))
+    assert known.counts == found_out.counts and known.tail == found_out.tail and known.padded == found_out.padded
+    assert torch.equal(known.index, found_out.index)
+    for mine, theirs in zip(known.images, found_out.images, strict=True):
+        assert torch.equal(mine.columns, theirs.columns)
+    assert known.bias is not None and found_out.bias is not None and torch.equal(known.bias, found_out.bias)
+    for one, other in zip(
+        known.shorten_all(prefill.hidden, prefill.positions, prefill.visual),
+        found_out.shorten_all(prefill.hidden, prefill.positions, prefill.visual),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
 
 
 def test_text_that_is_not_at_the_end_is_looked_up() -> None:
@@ -116,3 +144,21 @@ def test_what_was_made_without_gradients_serves_a_model_that_learns() -> None:
     assert not any(
         part.is_inference() for known in rotary._KNOWN.values() for one in known.values() for part in one.made
     )
+
+
+def test_what_was_unbound_is_not_stacked_again() -> None:
+    kept = torch.tensor([[0, 2], [1, 3], [0, 1]])
+    whole = Selection.grouped(kept, torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1], [0, 1, 0, 1]]), whole=True)
+    pieces = whole.unbind()
+    assert Selection.stacked(pieces) is whole
+    for some in (pieces[:2], pieces[::-1], pieces[1:], [*pieces, pieces[0]], [*pieces[:2], replace(pieces[2])]):
+        made = Selection.stacked(some)
+        assert made is not whole and made.kept.tolist() == [one.kept.tolist() for one in some]
+        assert made.source.tolist() == [one.source.tolist() for one in some]
+
+
+@pytest.mark.parametrize("count", [1, 200, 256, 257, 32768, 40000])
+def test_numbers_are_put_in_order(count: int) -> None:
+    numbers = torch.randint(0, count, (2, 600), generator=torch.Generator().manual_seed(0))
+    numbers[0, :2] = count - 1
+    assert torch.equal(in_order(numbers, count), numbers.argsort(dim=-1, stable=True))

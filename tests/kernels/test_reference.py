@@ -125,6 +125,11 @@ def test_compact_batch_gathers_positions_and_masks() -> None:
     assert torch.equal(rotations, torch.stack([places, -places]))
     one_row = kernels.compact_batch(tokens, index, positions[:1])
     assert one_row[1].tolist() == [[0, 0, 3], [1, 2, 4]] and one_row[2] is None
+    whole, known = (
+        kernels.compact_batch(tokens[1:], index[1:], positions[1:], masks[1:], padded=padded)
+        for padded in (True, False)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(whole, known, strict=True))
 
 
 def test_compact_kv_gathers_every_layer() -> None:

@@ -128,6 +128,38 @@ def test_rotate_needs_one_dtype() -> None:
     assert kernels.rotate(rows[:0], turn[:0], turn[:0], backend="triton").shape == (0, 2, 5, 4)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(1, 7, 9, 5), (3, 1, 1, 1), (2, 24, 24, 64), (2, 45, 47, 3)])
+def test_modulate(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Means far from zero, which sums of squares would not survive; gains of each frame or of all."""
+    x = draw(*shape, dtype=dtype) + 30 * draw(shape[0], 1, 1, 1, seed=1, dtype=dtype)
+    gain, offset = (draw(shape[0], shape[-1], seed=seed, dtype=dtype) for seed in (2, 3))
+    close = 8 * torch.finfo(dtype).eps
+    for frames, given in ((x, (gain, offset)), (strided(x), (strided(gain), offset[:1])), (x, (gain[:1], offset))):
+        mine = triton(kernels.modulate, frames, *given)
+        wanted = reference.modulate(x.double(), *(one.double() for one in given))
+        assert mine.shape == x.shape and mine.dtype == dtype and mine.is_contiguous()
+        torch.testing.assert_close(mine.double(), wanted, rtol=close, atol=max(close, 2e-5))
+    channels_first = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert torch.equal(
+        triton(kernels.modulate, channels_first, gain, offset), triton(kernels.modulate, x, gain, offset)
+    )
+
+
+def test_modulate_refuses_what_does_not_fit() -> None:
+    x = draw(3, 4, 4, 8)
+    for backend in ("torch", "triton"):
+        with pytest.raises(VPruneError, match=r"gain \(2, 8\) does not fit 3 frames of 8 channels"):
+            kernels.modulate(x, draw(2, 8), draw(3, 8), backend=backend)
+        with pytest.raises(VPruneError, match=r"offset \(3, 7\) does not fit 3 frames of 8 channels"):
+            kernels.modulate(x, draw(3, 8), draw(3, 7), backend=backend)
+        assert kernels.modulate(x[:0], draw(1, 8), draw(1, 8), backend=backend).shape == (0, 4, 4, 8)
+    with pytest.raises(VPruneError, match=r"float64, the kernel computes in float32"):
+        kernels.modulate(x.double(), draw(1, 8).double(), draw(1, 8).double(), backend="triton")
+    with pytest.raises(VPruneError, match="gradients"):
+        kernels.modulate(x.requires_grad_(), draw(1, 8), draw(1, 8), backend="triton")
+
+
 @pytest.mark.parametrize("length", SIZES)
 @pytest.mark.parametrize(
     ("dtype", "pool"),
@@ -209,6 +241,9 @@ def test_compact_batch(length: int, coordinates: int | None, marks: int | None, 
     positions = strided(draw(*shape).mul(1000).long())
     masks = None if marks is None else draw(*([marks] if marks > 1 else []), rows, length, seed=1) > 0
     short = triton(kernels.compact_batch, tokens, index, positions, masks)
+    if bool((index >= 0).all()):
+        known = reference.compact_batch(tokens, index, positions, masks, padded=False)
+        assert all(one is other is None or torch.equal(one, other) for one, other in zip(short, known, strict=True))
     for mine, wanted in zip(short, reference.compact_batch(tokens, index, positions, masks), strict=True):
         assert mine is wanted is None or (torch.equal(mine, wanted) and mine.dtype == wanted.dtype)
 
@@ -363,6 +398,7 @@ def test_the_library_knows_the_operations() -> None:
         (ops.compact_kv, ([key, key], [key, key], index)),
         (ops.recycle, (draw(63, 8).requires_grad_(), source, lengths, weights)),
         (ops.column_mass, (query, key, 0.3, None, None, marks, None, None, "mean")),
+        (ops.modulate, (draw(2, 5, 7, 8), draw(1, 8), draw(2, 8), 1e-5)),
         (ops.rotate, (draw(2, 63, 24), draw(2, 63, 8), draw(2, 63, 8), None, draw(24))),
         (ops.select, (draw(2, 63), None, 5, 5, None, None)),
     ):

@@ -25,7 +25,8 @@ def with_prices(model: Any, folder: Path, shift: float = 0.0) -> str:
     """A scorer whose head tells questions apart, and whose prices ask for 0.1 to 0.6 of the tokens."""
     made = network(model=identity_of(dissect(model)), levels=LEVELS, prices=((0.11, 2.0), (0.5, 0.02)))
     with torch.no_grad():
-        made.demand.exit.bias.add_(torch.tensor([0.0, 1.0, 2.0]) + shift)
+        made.demand.exit.weight.mul_(0.2)
+        made.demand.exit.bias.copy_(torch.tensor([0.0, 1.0, 2.0]) + shift)
     made.save_pretrained(folder)
     return str(folder)
 

@@ -74,7 +74,7 @@ class Options:
     commit: str | None = None
 
 
-OPERATIONS = ("column_mass", "compact", "compact_batch", "compact_kv", "recycle", "rotate", "select")
+OPERATIONS = ("column_mass", "compact", "compact_batch", "compact_kv", "modulate", "recycle", "rotate", "select")
 _MEANINGS = {
     "out": "the folder for bench.csv and bench.json",
     "ops": f"all, or some of {','.join(OPERATIONS)}",

@@ -160,6 +160,30 @@ class Maker:
             2 * 2 * one.layers * GROUPS * kept * one.head * self.dtype.itemsize,
         )
 
+    def modulate(self) -> Iterator[Case]:
+        """The norm of a scorer's convolution, of one image and of a batch."""
+        one, backend = self.sizes, self.backend
+        height, width, channels = 24, 24, 64
+
+        def exact(*inputs: Tensor) -> Tensor:
+            return reference.modulate(*(part.float() for part in inputs)).to(self.dtype)
+
+        for batch, number in ((1, 64), (one.batch, 8)):
+            sets: list[Inputs] = [
+                (self._draw(batch, height, width, channels), self._draw(batch, channels), self._draw(batch, channels))
+                for _ in range(number)
+            ]
+            yield Case(
+                "modulate",
+                f"{batch} x {height} x {width} x {channels}",
+                sets,
+                lambda *inputs: kernels.modulate(*inputs, backend=backend),
+                {"layer norm, addcmul and SiLU": reference.modulate},
+                exact,
+                5e-3,
+                2 * sets[0][0].nbytes,
+            )
+
     def recycle(self) -> Iterator[Case]:
         """The nine tenths that are pruned, merged into cells."""
         one, backend = self.sizes, self.backend

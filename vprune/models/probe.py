@@ -114,13 +114,19 @@ def projected(norm: Any, projection: Any, hidden: Tensor) -> tuple[Tensor, Tenso
         return projection(norm(hidden)), None, None
     length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
     factor = (length.square() / hidden.shape[-1] + _epsilon(norm)).rsqrt()
-    gain = norm.weight + offset if offset else norm.weight
-    return torch.nn.functional.linear(hidden, projection.weight * gain), factor, projection.bias
+    return torch.nn.functional.linear(hidden, projection.weight * _gain(norm)), factor, projection.bias
 
 
-def projected_keys(norm: Any, projection: Any, hidden: Tensor) -> Tensor:
-    """projection(norm(hidden)) of rows [B, N, D], see `projected`."""
-    return scaled(*projected(norm, projection, hidden))
+def _gain(norm: Any) -> Tensor:
+    """What an RMS norm of a kind that `gain_offset` knows multiplies its rows by."""
+    weight: Tensor = norm.weight
+    offset = gain_offset(norm.__class__)
+    return weight + offset if offset else weight
+
+
+def _normed(norm: Any, rows: Tensor, factor: Tensor | None) -> Tensor:
+    """norm(rows) of rows [B, R, D] whose `factor` [B, R, 1] `projected` has found, if it has."""
+    return norm(rows) if factor is None else _gain(norm) * (rows * factor).to(rows.dtype)
 
 
 def _as_loaded(module: Any) -> bool:
@@ -217,20 +223,21 @@ def _some_queries(
 ) -> Captured:
     """`capture` behind a norm of each row, with queries of some rows only, LongTensor [B, R], or of the last R."""
     given = {"attention_mask": None, "position_embeddings": rope}
-    if not past and _is_plain(attention, rope):
-        product, factor, bias = projected(norm, attention.k_proj, hidden)
-        key = kernels.rotate(product, *rope, factor=factor, bias=bias)
-        query = kernels.rotate(attention.q_proj(norm(some_rows(hidden, rows))), *(some_rows(one, rows) for one in rope))
-        return Captured(query, key, _PLAIN[attention])
     count = rows if isinstance(rows, int) else rows.shape[1]
-    if count >= hidden.shape[1] or not _separable(attention) or not isinstance(rope, tuple):
+    plain = not past and _is_plain(attention, rope)
+    if not plain and (count >= hidden.shape[1] or not _separable(attention) or not isinstance(rope, tuple)):
         caught = capture(attention, hidden_states=norm(hidden), **given, **past)
         some_of_each_head = some_rows(caught.query.transpose(0, 1), rows).transpose(0, 1)
         return Captured(some_of_each_head, caught.key, caught.scale)
-    with _keys_alone(attention, projected_keys(norm, attention.k_proj, hidden)):
+    product, factor, bias = projected(norm, attention.k_proj, hidden)
+    some = _normed(norm, some_rows(hidden, rows), None if factor is None else some_rows(factor, rows))
+    turns = tuple(some_rows(one, rows) for one in rope)
+    if plain:
+        key = kernels.rotate(product, *rope, factor=factor, bias=bias)
+        return Captured(kernels.rotate(attention.q_proj(some), *turns), key, _PLAIN[attention])
+    with _keys_alone(attention, scaled(product, factor, bias)):
         key = capture(attention, hidden_states=hidden, **given, **past).key
-    given["position_embeddings"] = tuple(some_rows(one, rows) for one in rope)
-    few = capture(attention, hidden_states=norm(some_rows(hidden, rows)), **given)
+    few = capture(attention, hidden_states=some, attention_mask=None, position_embeddings=turns)
     return Captured(few.query, key, few.scale)
 
 

@@ -10,8 +10,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from vprune.kernels.reference import inverse
 from vprune.models.aside import sent
-from vprune.records import Grid, Prefill, Selection, together
+from vprune.places import together
+from vprune.records import Grid, Prefill, Selection
 from vprune.recycling.rows import numbers_like
 from vprune.selection import Ranking, frame_by_frame, spread_order
 
@@ -51,12 +53,11 @@ class Absorption:
         for part in (slice(first, first + _ROWS_AT_ONCE) for first in range(0, rows.shape[-2], _ROWS_AT_ONCE)):
             apart = distances(where[..., part, :], there)
             found.append(nearest_anchor(rows[..., part, :], anchors, self.distance * apart))
-        stay = torch.cat([self.pure, self.anchors], -1)
         joined = found[0] if len(found) == 1 else torch.cat(found, -1)
-        leader = self.anchors.gather(-1, joined).scatter_(-1, stay, stay)
-        kept = stay.sort(-1).values
-        row = torch.empty_like(leader).scatter_(-1, kept, numbers_like(kept))
-        return Selection.grouped(kept, row.gather(-1, leader), self.sizes, whole=True)
+        kept, order = torch.cat([self.pure, self.anchors], -1).sort(-1)
+        row = inverse(order)  # of each of these, the pure ones first
+        source = row[..., self.pure.shape[-1] :].gather(-1, joined).scatter_(-1, kept, numbers_like(kept))
+        return Selection.grouped(kept, source, self.sizes, whole=True)
 
 
 def distances(places: Tensor, others: Tensor) -> Tensor:

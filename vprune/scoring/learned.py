@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vprune.errors import VPruneError
 from vprune.models.anatomy import Anatomy
-from vprune.models.aside import numbers_on, sent
+from vprune.models.aside import beside, numbers_on, sent
 from vprune.models.probe import keys_valid, layer_attention, past_bias
 from vprune.places import rows_of, some_rows
 from vprune.records import Grid, Prefill, VisualTokens, instruction_rows
@@ -121,19 +121,23 @@ class Learned:
         if network.exit.weight.device != prefill.hidden.device:
             network.to(prefill.hidden.device)
         features = read_features(prefill, network.config.layer)
-        maps: dict[int, Tensor] = {}
+        found: dict[int, Tensor] = {}
         odds: dict[int, Tensor] = {}
         for grid, numbers in same_grid([image.grid for image in prefill.images]).items():
+            images = [prefill.images[number] for number in numbers]
             with torch.inference_mode():  # (a twentieth off the host's time)
-                scores, channels, asked = network.seen(*features.of([prefill.images[n] for n in numbers], grid))
+                read = beside(partial(network.read, *features.rows(images)), prefill.hidden.device)
+            maps = features.maps(images)
+            with torch.inference_mode():
+                scores, channels, asked = network.seen(maps, grid, read())
                 told = network.demand(summary(scores, channels, asked)) if self._demand is not None else ()
             # What leaves the block is made outside of it, or nobody could change it.
-            maps |= dict(zip(numbers, scores.softmax(-1), strict=True))
+            found |= dict(zip(numbers, scores.softmax(-1), strict=True))
             odds |= dict(zip(numbers, told, strict=self._demand is not None))
         self._demand = None if self._demand is None else [odds[number] for number in sorted(odds)]
         if not prefill.hidden.is_cuda:  # (a look at what a GPU is still working at would hold the decoder up)
-            _refuse_nonsense(prefill, maps)
-        return [maps[number] for number in range(len(prefill.images))]
+            _refuse_nonsense(prefill, found)
+        return [found[number] for number in range(len(prefill.images))]
 
     def shares(self, keep: float) -> list[float]:
         """What every image of the last prefill gets of its tokens, where `keep` of all stay in the mean over questions.
@@ -150,25 +154,36 @@ class Learned:
 
 @dataclass(frozen=True)
 class Features:
-    """What a scorer reads of a batch: attention [B, 2 H, L], rows [B, L, D], instruction rows [B, R, D], bool [B, R].
+    """What a scorer reads of a batch: rows [B, L, D], instruction rows [B, R, D], bool [B, R], and their attention.
 
-    Attention is that of instruction rows at one layer, the mean over them for each head, then the maximum;
     `text_valid` is None where no sample has fewer of them than another.
     """
 
-    attention: Tensor
     hidden: Tensor
     text: Tensor
     text_valid: Tensor | None
+    attend: Callable[[], Tensor]
+
+    @cached_property
+    def attention(self) -> Tensor:
+        """That of the instruction rows at one layer, [B, 2 H, L]: for each head the mean over them, then the maxima."""
+        return self.attend()
+
+    def maps(self, images: Sequence[VisualTokens]) -> Tensor:
+        """The attention that images of one grid receive, [I, 2 H, N]."""
+        return rows_of(self.attention.transpose(1, 2), images).transpose(1, 2)
 
     def of(self, images: Sequence[VisualTokens], grid: Grid) -> tuple[Tensor, Grid, Tensor, Tensor, Tensor | None]:
         """The arguments of `ScorerNetwork` for images of one grid."""
+        return self.maps(images), grid, *self.rows(images)
+
+    def rows(self, images: Sequence[VisualTokens]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What `ScorerNetwork.read` takes, of images of as many tokens each."""
         text, valid, samples = self.text, self.text_valid, tuple(image.sample for image in images)
         if samples != tuple(range(len(text))):
             sample = numbers_on(self.hidden.device, samples)
             text, valid = text[sample], None if valid is None else valid[sample]
-        maps = rows_of(self.attention.transpose(1, 2), images).transpose(1, 2)
-        return maps, grid, rows_of(self.hidden, images).float(), text.float(), valid
+        return rows_of(self.hidden, images).float(), text.float(), valid
 
 
 def read_features(prefill: Prefill, layer: int, until: Tensor | None = None) -> Features:
@@ -186,10 +201,16 @@ def read_features(prefill: Prefill, layer: int, until: Tensor | None = None) -> 
     _refuse_silence(prefill, None if until is None else rows[:, 0].tolist())
     tail = prefill.instruction_tail if until is None else 0
     counted = None if tail else row_valid
+    attend = partial(_attention, prefill, layer, rows, counted, tail)
+    return Features(prefill.hidden, some_rows(prefill.hidden, tail or rows), counted, attend)
+
+
+def _attention(prefill: Prefill, layer: int, rows: Tensor, counted: Tensor | None, tail: int) -> Tensor:
+    """What all columns receive from the rows [B, R] at a layer, [B, 2 H, L]; `tail`: R where they are the last ones."""
     caught = layer_attention(prefill, layer, tail or rows)
     batch, heads, _, width = caught.query.shape
     held = caught.key.shape[2]
-    stored = held - valid.shape[1]
+    stored = held - prefill.valid.shape[1]
     query = caught.query.float() * caught.scale
     key = caught.key.float().transpose(-1, -2)
     bias, unseen = past_bias(prefill), _unseen(prefill, layer, rows + stored if stored else rows, counted, held)
@@ -205,8 +226,7 @@ def read_features(prefill: Prefill, layer: int, until: Tensor | None = None) -> 
         logits[..., -unseen.shape[-1] :].masked_fill_(unseen[part] if len(unseen) > 1 else unseen, -torch.inf)
         weights = logits.softmax(-1)[..., stored:]
         found.append(attention_statistics(weights, None if counted is None else counted[part]))
-    attention = found[0] if len(found) == 1 else torch.cat(found)
-    return Features(attention, prefill.hidden, some_rows(prefill.hidden, tail or rows), counted)
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _unseen(prefill: Prefill, layer: int, rows: Tensor, counted: Tensor | None, held: int) -> Tensor:

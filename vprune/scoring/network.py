@@ -15,8 +15,9 @@ from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, linear, pad, silu
+from torch.nn.functional import layer_norm, linear, silu
 
+from vprune import kernels
 from vprune.errors import VPruneError
 from vprune.records import Grid
 
@@ -25,6 +26,7 @@ FINISHED = "scorer"
 """Where in the folder of its run a finished scorer lies."""
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _REMEDY = f"give the folder of a scorer: what `vprune train scorer out=DIR` leaves in DIR/{FINISHED}"
+Read = tuple[list[Tensor], Tensor]
 _RANGE = 8.0  # of the scores: beyond it, differences between tokens far from any border would be lost in rounding
 
 
@@ -92,38 +94,19 @@ class Convolution(nn.Module):
         around = ((sides[0] - 1) // 2 * dilation, (sides[1] - 1) // 2 * dilation)
         self.depthwise = nn.Conv2d(before, before, sides, padding=around, dilation=dilation, groups=before)
         self.frames = nn.Parameter(torch.zeros(2, before))
-        self.norm = nn.GroupNorm(1, before, affine=True)
         self.pointwise = nn.Conv2d(before, after, 1)
-        self.question = nn.Linear(before, 2 * before)
-        nn.init.zeros_(self.question.weight)
-        nn.init.zeros_(self.question.bias)
         self.residual = before == after
 
-    def forward(self, x: Tensor, asked: Tensor | None, grid: Grid) -> Tensor:
-        """[I * t, h, w, C] -> the same with other channels; `asked` [I, C'] scales and shifts what is seen."""
+    def forward(self, x: Tensor, gain: Tensor, offset: Tensor, frames: int) -> Tensor:
+        """[I * t, h, w, C] -> the same with other channels; `gain` and `offset` [I or 1, C] of what is normed."""
         y = self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        if grid[0] > 1:
-            frames = y.unflatten(0, (-1, grid[0]))
-            earlier, later = torch.zeros_like(frames), torch.zeros_like(frames)
-            earlier[:, 1:], later[:, :-1] = frames[:, :-1], frames[:, 1:]
-            y = (frames + earlier * self.frames[0] + later * self.frames[1]).flatten(0, 1)
-        gain: Tensor = self.norm.weight
-        offset: Tensor = self.norm.bias
-        if asked is not None:
-            more, shift = self.question(asked).chunk(2, -1)
-            scale = 1 + more
-            gain, offset = (
-                one[:, None, None] if grid[0] == 1 else one.repeat_interleave(grid[0], 0)[:, None, None]
-                for one in (scale * gain, torch.addcmul(shift, scale, offset))
-            )
-        # One group of all channels is a norm over the whole of each frame.
-        if y.is_cuda:  # (whose own layer norm leaves each frame to one of its many processors)
-            variance, mean = torch.var_mean(y, (1, 2, 3), correction=0, keepdim=True)
-            gain = gain * (variance + self.norm.eps).rsqrt()
-            y = torch.addcmul(torch.addcmul(offset, mean, gain, value=-1), y, gain)
-        else:
-            y = torch.addcmul(offset, layer_norm(y, y.shape[1:], eps=self.norm.eps), gain)
-        y = pointwise(self.pointwise, silu(y))
+        if frames > 1:
+            apart = y.unflatten(0, (-1, frames))
+            earlier, later = torch.zeros_like(apart), torch.zeros_like(apart)
+            earlier[:, 1:], later[:, :-1] = apart[:, :-1], apart[:, 1:]
+            y = (apart + earlier * self.frames[0] + later * self.frames[1]).flatten(0, 1)
+            gain, offset = (one.repeat_interleave(frames, 0) for one in (gain, offset))
+        y = pointwise(self.pointwise, kernels.modulate(y, gain, offset))
         return x + y if self.residual else y
 
 
@@ -191,15 +174,21 @@ class ScorerNetwork(nn.Module, PyTorchModelHubMixin):
         inputs = 2 * config.heads
         if config.width:
             inputs += config.contents + 2 * config.matches
-            self.contents = nn.Linear(config.width, config.contents)
-            self.keys = nn.Linear(config.width, asked)
+            self.keys = nn.Linear(config.width, asked + config.contents)  # and contents: the rows are read once
             self.queries = nn.Linear(3 * config.width, asked)
             self.question = nn.Linear(asked, config.channels[0])
         self.entry = nn.Conv2d(inputs, config.channels[0], 1)
+        befores = (config.channels[0], *config.channels[:-1])
+        # Gains, then offsets of what each convolution norms, and what the question adds to them.
+        self._widths = [width for width in befores for _ in ("gains", "offsets")]
+        self.norms = nn.Parameter(torch.cat([torch.tensor([1.0, 0.0]).repeat_interleave(width) for width in befores]))
+        if config.width:
+            self.modulation = nn.Linear(config.channels[0], len(self.norms), bias=False)
+            nn.init.zeros_(self.modulation.weight)
         self.convolutions = nn.ModuleList(
             Convolution(before, after, kernel, dilation, config.layout == "line")
             for before, after, kernel, dilation in zip(
-                (config.channels[0], *config.channels), config.channels, config.kernels, config.dilations, strict=False
+                befores, config.channels, config.kernels, config.dilations, strict=True
             )
         )
         self.exit = nn.Conv2d(config.channels[-1], 1, 1)
@@ -212,56 +201,63 @@ class ScorerNetwork(nn.Module, PyTorchModelHubMixin):
                 "matches or contents"
             )
 
-    def forward(self, *read: Any) -> Tensor:
-        """The scores alone, of what `seen` takes."""
-        return self.seen(*read)[0]
-
-    def seen(
+    def forward(
         self,
         maps: Tensor,
         grid: Grid,
         visual: Tensor | None = None,
         text: Tensor | None = None,
         text_valid: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> Tensor:
+        """The scores alone, as `seen` gives them, of rows as `read` takes them."""
+        return self.seen(maps, grid, self.read(visual, text, text_valid))[0]
+
+    def seen(self, maps: Tensor, grid: Grid, read: Read | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Scores of I images of one grid (t, h, w), N = t h w tokens each, and what `summary` takes beside them.
 
         Args:
             maps: [I, 2 * heads, N] attention, means then maxima.
             grid: of every image.
-            visual: [I, N, D] rows of the tokens, where the network reads them.
-            text: [I, R, D] instruction rows.
-            text_valid: bool [I, R], those that count; None = all.
+            read: what `read` makes of the rows, where the network reads them.
 
         Returns:
             The scores [I, N] between -8 and 8, what the last convolution made of every token [I, C, N], and the
             question [I, C'], None where the network does not read it.
         """
         t, h, w = grid
-        tokens, asked = t * h * w, None
-        parts = [(maps * tokens + 0.01).log().transpose(1, 2)]
-        if self.config.width:
-            assert visual is not None and text is not None
-            more, asked = self._read(visual, text, text_valid)
-            parts += more
-        x = pointwise(self.entry, torch.cat(parts, -1))
+        tokens = t * h * w
+        channels, asked = ([], None) if read is None else read
+        x = pointwise(self.entry, torch.cat([(maps * tokens + 0.01).log().transpose(1, 2), *channels], -1))
         x = x.reshape(-1, *((1, h * w) if self.config.layout == "line" else (h, w)), x.shape[-1])
+        norms = self.norms[None] if asked is None else linear(asked, self.modulation.weight, self.norms)
+        gains_and_offsets = iter(torch.split(norms, self._widths, -1))
         for convolution in self.convolutions:
-            fits = asked is not None and asked.shape[-1] == x.shape[-1]
-            x = convolution(x, asked if fits else None, grid)
+            x = convolution(x, next(gains_and_offsets), next(gains_and_offsets), t)
         x = x.reshape(-1, tokens, x.shape[-1])
         scores = pointwise(self.exit, x).squeeze(-1)
         return _RANGE * torch.tanh(scores / _RANGE), x.transpose(1, 2), asked
 
-    def _read(self, visual: Tensor, text: Tensor, valid: Tensor | None) -> tuple[list[Tensor], Tensor]:
+    def read(self, visual: Tensor | None, text: Tensor | None, valid: Tensor | None = None) -> Read | None:
+        """What `seen` takes of the rows of I images and their questions; None where the network reads no rows.
+
+        Args:
+            visual: [I, N, D] rows of the tokens.
+            text: [I, R, D] instruction rows.
+            valid: bool [I, R], those that count; None = all.
+
+        Returns:
+            Channels of every token, each [I, N, ...], and the question [I, C'].
+        """
+        if not self.config.width:
+            return None
+        assert visual is not None and text is not None
         visual, text = (layer_norm(rows, rows.shape[-1:]) for rows in (visual, text))
-        text = pad(text if valid is None else text * valid[..., None], (0, 0, 2, 0))
+        nothing = text.new_zeros((len(text), 2, text.shape[-1]))
+        text = torch.cat([nothing, text if valid is None else text * valid[..., None]], 1)
         queries = self.queries(torch.cat([text[:, 2:], text[:, 1:-1], text[:, :-2]], -1))
         question = mean_of_valid(queries, None if valid is None else valid[..., None], 1)
         heads, width = self.config.matches, self.config.match_width
-        both = (self.keys, self.contents)  # in one product: the rows are read once
-        read = linear(visual, torch.cat([one.weight for one in both]), torch.cat([one.bias for one in both]))
-        keys, contents = torch.split(read, [heads * width, self.config.contents], -1)
+        keys, contents = torch.split(self.keys(visual), [heads * width, self.config.contents], -1)
         # (The mean over rows of what they find is what their mean finds.)
         asking = torch.cat([question, queries], 1).view(len(text), -1, heads, width).transpose(1, 2) / width**0.5
         found = asking @ keys.view(*keys.shape[:2], heads, width).permute(0, 2, 3, 1)
@@ -340,9 +336,10 @@ def mean_of_valid(rows: Tensor, valid: Tensor | None, dim: int) -> Tensor:
 
 def attention_statistics(weights: Tensor, row_valid: Tensor | None) -> Tensor:
     """Mean and maximum over instruction rows: [B, H, R, N], bool [B, R] (None = all) -> [B, 2 H, N]."""
-    valid = None if row_valid is None else row_valid[:, None, :, None]
-    largest = (weights if valid is None else weights * valid).amax(2)
-    return torch.cat([mean_of_valid(weights, valid, 2).squeeze(2), largest], 1)
+    if row_valid is None:
+        return torch.cat([weights.mean(2), weights.amax(2)], 1)
+    valid = row_valid[:, None, :, None]
+    return torch.cat([mean_of_valid(weights, valid, 2).squeeze(2), (weights * valid).amax(2)], 1)
 
 
 def same_grid(grids: Sequence[Grid]) -> dict[Grid, list[int]]:

@@ -159,9 +159,9 @@ class Watching(ABC):
         with self.autocast():
             for grid, numbers in same_grid([image.grid for image in prefill.images]).items():
                 images = [prefill.images[number] for number in numbers]
-                arguments = features.of(images, grid)
-                scores, channels, asked = self.network.seen(*arguments)
-                scored.append((images, arguments[2], grid, scores.float()))
+                rows = features.rows(images)
+                scores, channels, asked = self.network.seen(features.maps(images), grid, self.network.read(*rows))
+                scored.append((images, rows[0], grid, scores.float()))
                 told = summary(scores.float(), channels.float(), None if asked is None else asked.float())
                 seen |= {image.sample: one for image, one in zip(images, told, strict=True)}
         return Summarised(prefill, scored, torch.stack([seen[sample] for sample in range(len(batch))]))
