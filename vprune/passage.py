@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -117,18 +118,12 @@ class Passage:
 
     def decide(self, layer: int, hidden: Tensor) -> Shortening | None:
         """What the method has in mind for the rows `hidden` [B, K, D] before layer `layer`; None: they stay."""
-        here, short = self.prefill, None
-        self.prefill = replace(  # (its layers may lie on several devices, and what is known of it goes with it)
-            here,
-            hidden=hidden,
-            positions=here.positions.to(hidden.device),
-            valid=here.valid.to(hidden.device),
-            visual=here.visual.to(hidden.device),
-            layer=layer,
-            start=here.start or here,
-            stored=self._stored_before(layer),
-            past=self._past(layer),
-        )
+        here, short, device = self.prefill, None, hidden.device
+        now = copy(here)  # (its layers may lie on several devices, and what is known of it goes with it)
+        now.hidden, now.layer, now.start = hidden, layer, here.start or here
+        now.positions, now.valid, now.visual = (part.to(device) for part in (here.positions, here.valid, here.visual))
+        now.stored, now.past = self._stored_before(layer), self._past(layer)
+        self.prefill = now
         self.deciding = True
         with torch.no_grad():
             for stage, keep in self.pruner.schedule:
@@ -164,17 +159,10 @@ class Passage:
             first = short.index.shape[1] - row_valid.sum(-1, keepdim=True)  # text is the end of every row
             rows = (first + torch.arange(rows.shape[1], device=rows.device)).clamp(max=short.index.shape[1] - 1)
             instruction = rows, row_valid
-        self.prefill = replace(
-            prefill,
-            hidden=shorter,
-            positions=positions,
-            valid=short.valid,
-            visual=visual,
-            images=short.images,
-            counts=short.counts,
-            instruction=instruction,
-            instruction_sent=None,
-        )
+        now = copy(prefill)
+        now.hidden, now.positions, now.visual, now.valid = shorter, positions, visual, short.valid
+        now.images, now.counts, now.instruction, now.instruction_sent = short.images, short.counts, instruction, None
+        self.prefill = now
         since = chained(before.since, short.index) if layer else None
         self.stretches.append(
             Stretch(

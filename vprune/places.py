@@ -27,7 +27,7 @@ def some_rows(tensor: Tensor, rows: Tensor | int) -> Tensor:
 
 def rows_of(hidden: Tensor, images: Sequence[VisualTokens]) -> Tensor:
     """The rows [I, N, D] of images of as many tokens each in hidden [B, L, D], not copied where one slice has them."""
-    part = slice_of(images, len(hidden))
+    part = slice_of(images, hidden.shape[0])
     if part is not None:
         return hidden[:, part]
     columns = together([image.columns.to(hidden.device) for image in images])

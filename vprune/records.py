@@ -156,7 +156,7 @@ class Selection:
 
     def unbind(self) -> list[Selection]:
         """The selections of the single images of [I, K] and [I, N]."""
-        pieces = [self._each(itemgetter(number)) for number in range(len(self.kept))]
+        pieces = [self._each(itemgetter(number)) for number in range(self.kept.shape[0])]
         for number, piece in enumerate(pieces):
             vars(piece)["_piece"] = (self, number)
         return pieces

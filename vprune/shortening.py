@@ -27,6 +27,10 @@ class Merges:
     lengths: Tensor
     weights: Tensor
 
+    def rows(self, hidden: Tensor) -> Tensor:
+        """The sums, [M, D], of a batch [B, L, D]."""
+        return kernels.recycle(hidden.flatten(0, 1), self.sources, self.lengths, self.weights)
+
 
 @dataclass(frozen=True)
 class Shortening:
@@ -35,7 +39,8 @@ class Shortening:
     `index` LongTensor [B, K]: the columns that stay, ascending, left-padded with -1; `counts`: how many of each row;
     `tail`: how many of the last columns are the last ones of the unpruned batch too, in every row; `bias` [B, K],
     float32 (float64 for a batch in float64): log sizes, None when nothing is merged or sizes are not to count; all on
-    the device of the batch. `images` are those of the batch, in their new columns.
+    the device of the batch. `images` are those of the batch, in their new columns. `merged`: the columns that became
+    merged rows, all of them, where they are the same in every row of the batch, else None.
     """
 
     index: Tensor
@@ -44,6 +49,7 @@ class Shortening:
     merges: Sequence[Merges]
     bias: Tensor | None
     images: Sequence[VisualTokens]
+    merged: slice | None = None
 
     @property
     def padded(self) -> bool:
@@ -61,23 +67,27 @@ class Shortening:
 
     def shorten_all(self, hidden: Tensor, positions: Tensor, marks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`shorten`, and what belongs to columns: position ids [B, L] or [P, B, L], and marks, bool [B, L]."""
+        if self.merged is not None and not hidden.is_cuda:  # (where one pass over rows and columns takes as long)
+            (one,), part = self.merges, self.merged
+            rows = one.rows(hidden).view(hidden.shape[0], -1, hidden.shape[-1])
+            short = torch.cat([hidden[:, : part.start], rows, hidden[:, part.stop :]], 1)
+            return short, gather_columns(positions, self.index, False), gather_columns(marks, self.index, False)
         short, positions, marked = kernels.compact_batch(hidden, self.index, positions, marks, padded=self.padded)
         assert marked is not None
         return self._merged(short, hidden), positions, marked
 
     def _merged(self, short: Tensor, hidden: Tensor) -> Tensor:
         for one in self.merges:
-            rows = kernels.recycle(hidden.flatten(0, 1), one.sources, one.lengths, one.weights)
-            short = short.flatten(0, 1).index_copy(0, one.targets, rows).view_as(short)
+            short.flatten(0, 1).index_copy_(0, one.targets, one.rows(hidden))
         return short
 
 
-def gather_columns(per_column: Tensor, index: Tensor) -> Tensor:
+def gather_columns(per_column: Tensor, index: Tensor, padded: bool = True) -> Tensor:
     """What belongs to columns (position ids, marks), [..., B or 1, L], for the columns `index` [B, K] -> [..., B, K].
 
-    -1, which is padding, gets what belongs to column 0.
+    -1, which is padding, gets what belongs to column 0; `padded`: it may be among them.
     """
-    places = index.clamp(min=0).expand(*per_column.shape[:-2], *index.shape)
+    places = (index.clamp(min=0) if padded else index).expand(*per_column.shape[:-2], *index.shape)
     return per_column.expand(*places.shape[:-1], per_column.shape[-1]).gather(-1, places)
 
 
@@ -138,7 +148,7 @@ def shorten_batch(prefill: Prefill, selections: Sequence[Selection], size_aware:
             images[number] = replace(image, columns=own, standing=standing, start=-1)
             tail = tail if one.is_identity else min(tail, image.after)
     bias = None if bias is None else bias.view(batch, width)
-    return Shortening(index, tuple(counts), tail, merges, bias, images)
+    return Shortening(index, tuple(counts), tail, merges, bias, images, part if merges else None)
 
 
 def _laid_out(

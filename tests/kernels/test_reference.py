@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -192,3 +193,20 @@ def test_rotate_turns_pairs_of_numbers(factor: bool, bias: bool, backend: str) -
     x = (rows * more.get("factor", 1) + more.get("bias", 0)).view(2, 63, 3, 8).transpose(1, 2)
     turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angle), angle)
     torch.testing.assert_close(found, torch.cat([turned.real, turned.imag], -1))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_choice_without_an_order_is_the_ordered_one(seed: int) -> None:
+    """Ties at the border, zeros of both signs, infinities and not-a-numbers among the scores."""
+    draw = torch.Generator().manual_seed(seed)
+    scores = torch.randn(3, 40, generator=draw)
+    if seed % 2:
+        scores = scores.round()
+    odd = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan])
+    if seed % 3:
+        scores[0, :5], scores[1, 7:17] = odd, odd.repeat_interleave(2)
+    ties = torch.randperm(40, generator=draw)
+    everything = torch.ones(3, 40, dtype=torch.bool)
+    for count in (1, 2, 5, 13, 39, 40):
+        ordered = kernels.select(scores, count, ties=ties, valid=everything, backend="torch")
+        assert torch.equal(kernels.select(scores, count, ties=ties, backend="torch"), ordered)

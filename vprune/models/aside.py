@@ -40,11 +40,10 @@ def aside(device: torch.device, moment: torch.cuda.Event | None) -> Iterator[Non
 def beside(work: Callable[[], _T], device: torch.device) -> Callable[[], _T]:
     """Do `work` in a queue beside the current one, where a CUDA graph is recorded; what is returned hands it over.
 
-    (Elsewhere the host is slower than the device, and two queues do not fill sooner than one.)
+    (Elsewhere it is done then: the host is slower than a GPU, and two queues do not fill sooner than one.)
     """
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        made = work()
-        return lambda: made
+        return work
     here, stream = torch.cuda.current_stream(device), _second_stream(device)
     stream.wait_stream(here)
     with torch.cuda.stream(stream):

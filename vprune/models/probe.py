@@ -113,7 +113,8 @@ def projected(norm: Any, projection: Any, hidden: Tensor) -> tuple[Tensor, Tenso
     if offset is None or not plain or hidden.dtype not in (torch.float32, torch.bfloat16):
         return projection(norm(hidden)), None, None
     length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
-    factor = (length.square() / hidden.shape[-1] + _epsilon(norm)).rsqrt()
+    mean_square = torch.addcmul(length.new_full((), _epsilon(norm)), length, length, value=1 / hidden.shape[-1])
+    factor = mean_square.rsqrt()
     return torch.nn.functional.linear(hidden, projection.weight * _gain(norm)), factor, projection.bias
 
 

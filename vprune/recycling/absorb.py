@@ -17,6 +17,7 @@ from vprune.records import Grid, Prefill, Selection
 from vprune.recycling.rows import numbers_like
 from vprune.selection import Ranking, frame_by_frame, spread_order
 
+_TABLE = 1024  # tokens of the largest grid whose distances are kept, 4 MB
 _ROWS_AT_ONCE = 4096  # bounds the similarities at hand to 4096 x anchors, whatever the length of a video
 
 
@@ -45,19 +46,23 @@ class Absorption:
 
     def settled(self, rows: Tensor) -> Selection:
         """The selection, looked up in the rows of all tokens that stand, [N, D] or [I, N, D]."""
-        where = coordinates(self.grid, self.places.device)
-        all_stand = self.places.shape[-1] == len(where)
-        where = where.expand(*self.places.shape, -1) if all_stand else where[self.places]
-        anchors, there = (_taken(one, self.anchors) for one in (rows, where))
-        found = []
-        for part in (slice(first, first + _ROWS_AT_ONCE) for first in range(0, rows.shape[-2], _ROWS_AT_ONCE)):
-            apart = distances(where[..., part, :], there)
-            found.append(nearest_anchor(rows[..., part, :], anchors, self.distance * apart))
+        anchors = _taken(rows, self.anchors)
+        parts = [slice(first, first + _ROWS_AT_ONCE) for first in range(0, rows.shape[-2], _ROWS_AT_ONCE)]
+        found = [nearest_anchor(rows[..., part, :], anchors, self._apart(part), self.distance) for part in parts]
         joined = found[0] if len(found) == 1 else torch.cat(found, -1)
         kept, order = torch.cat([self.pure, self.anchors], -1).sort(-1)
         row = inverse(order)  # of each of these, the pure ones first
         source = row[..., self.pure.shape[-1] :].gather(-1, joined).scatter_(-1, kept, numbers_like(kept))
         return Selection.grouped(kept, source, self.sizes, whole=True)
+
+    def _apart(self, part: slice) -> Tensor:
+        """How far some of the tokens that stand are from each anchor, [..., R, A]."""
+        where = coordinates(self.grid, self.places.device)
+        all_stand = self.places.shape[-1] == where.shape[0]
+        if all_stand and where.shape[0] <= _TABLE and not where.is_cuda:  # (where what is kept must not be recorded)
+            return distance_table(self.grid, self.places.device)[self.anchors].mT[..., part, :]
+        where = where.expand(*self.places.shape, -1) if all_stand else where[self.places]
+        return distances(where[..., part, :], _taken(where, self.anchors))
 
 
 def distances(places: Tensor, others: Tensor) -> Tensor:
@@ -73,10 +78,10 @@ def _taken(rows: Tensor, index: Tensor) -> Tensor:
     return rows.gather(-2, index[..., None].expand(*index.shape, rows.shape[-1]))
 
 
-def nearest_anchor(rows: Tensor, anchors: Tensor, apart: Tensor) -> Tensor:
+def nearest_anchor(rows: Tensor, anchors: Tensor, apart: Tensor, distance: float) -> Tensor:
     """The number of the most similar of `anchors` [A, D] for each of `rows` [R, D], LongTensor [R]; or [I, ...].
 
-    argmax_a cos(rows_r, anchors_a) - apart_ra, the first among equals, in float32 (float64 for float64 rows).
+    argmax_a cos(rows_r, anchors_a) - distance * apart_ra, the first among equals, in float32 (float64 for such rows).
     """
     exact = torch.promote_types(rows.dtype, torch.float32)
     tiny = torch.finfo(exact).tiny
@@ -84,7 +89,7 @@ def nearest_anchor(rows: Tensor, anchors: Tensor, apart: Tensor) -> Tensor:
         torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=exact).clamp(min=tiny) for part in (rows, anchors)
     )
     likeness = _products(rows, anchors, exact) / lengths / theirs.transpose(-1, -2)
-    joins: Tensor = (likeness - apart.to(exact)).argmax(-1)
+    joins: Tensor = torch.sub(likeness, apart.to(exact), alpha=distance).argmax(-1)
     return joins
 
 
@@ -105,7 +110,7 @@ def _products(rows: Tensor, anchors: Tensor, exact: torch.dtype) -> Tensor:
 
 
 def spread_anchors(pure: Tensor, count: int, places: Tensor, grid: Grid, by_frame: bool) -> Tensor:
-    """`count` tokens (LongTensor, ascending) that lie evenly over the grid, none of them among `pure`."""
+    """`count` tokens (LongTensor) that lie evenly over the grid, none of them among `pure`."""
     order = (framed_order if by_frame else spread_order)(grid, places.device)
     if places.shape[-1] < order.shape[0]:  # an earlier stage has left some tokens only
         order = Ranking.of(order).of_those(places).order
@@ -113,7 +118,7 @@ def spread_anchors(pure: Tensor, count: int, places: Tensor, grid: Grid, by_fram
     first = order[..., : count + pure.shape[-1]].expand(*places.shape[:-1], -1)
     taken = torch.zeros_like(places, dtype=torch.uint8).scatter_(-1, pure, 1).gather(-1, first)
     free = taken.argsort(dim=-1, stable=True)[..., :count]
-    return first.gather(-1, free).sort(-1).values
+    return first.gather(-1, free)
 
 
 @lru_cache(maxsize=64)
@@ -133,6 +138,13 @@ def settle(plans: Sequence[Selection | Absorption], prefill: Prefill) -> list[Se
         else:
             settled.append(plan)
     return settled
+
+
+@lru_cache(maxsize=8)
+def distance_table(grid: Grid, device: torch.device) -> Tensor:
+    """How far all tokens of a small grid are from each other, [N, N]."""
+    where = coordinates(grid, device)
+    return distances(where, where)
 
 
 @lru_cache(maxsize=64)

@@ -105,7 +105,6 @@ class Learned:
         other.network, other._demand = network.float(), [] if demand else None
         return other
 
-    @torch.no_grad()
     def __call__(self, prefill: Prefill) -> list[Tensor]:
         """Score all images of a prefill, those of one grid at once.
 
@@ -125,10 +124,9 @@ class Learned:
         odds: dict[int, Tensor] = {}
         for grid, numbers in same_grid([image.grid for image in prefill.images]).items():
             images = [prefill.images[number] for number in numbers]
-            with torch.inference_mode():  # (a twentieth off the host's time)
-                read = beside(partial(network.read, *features.rows(images)), prefill.hidden.device)
+            read = beside(partial(network.read, *features.rows(images)), prefill.hidden.device)
             maps = features.maps(images)
-            with torch.inference_mode():
+            with torch.inference_mode():  # (a twentieth off the host's time)
                 scores, channels, asked = network.seen(maps, grid, read())
                 told = network.demand(summary(scores, channels, asked)) if self._demand is not None else ()
             # What leaves the block is made outside of it, or nobody could change it.
@@ -180,7 +178,7 @@ class Features:
     def rows(self, images: Sequence[VisualTokens]) -> tuple[Tensor, Tensor, Tensor | None]:
         """What `ScorerNetwork.read` takes, of images of as many tokens each."""
         text, valid, samples = self.text, self.text_valid, tuple(image.sample for image in images)
-        if samples != tuple(range(len(text))):
+        if samples != tuple(range(text.shape[0])):
             sample = numbers_on(self.hidden.device, samples)
             text, valid = text[sample], None if valid is None else valid[sample]
         return rows_of(self.hidden, images).float(), text.float(), valid
@@ -223,7 +221,7 @@ def _attention(prefill: Prefill, layer: int, rows: Tensor, counted: Tensor | Non
         logits = (grouped @ key[part]).view(-1, heads, rows.shape[1], held)
         if bias is not None:
             logits = logits + bias[part, None, None, -held:]
-        logits[..., -unseen.shape[-1] :].masked_fill_(unseen[part] if len(unseen) > 1 else unseen, -torch.inf)
+        logits[..., -unseen.shape[-1] :].masked_fill_(unseen[part] if unseen.shape[0] > 1 else unseen, -torch.inf)
         weights = logits.softmax(-1)[..., stored:]
         found.append(attention_statistics(weights, None if counted is None else counted[part]))
     return found[0] if len(found) == 1 else torch.cat(found)
