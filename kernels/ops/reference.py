@@ -266,11 +266,9 @@ def select(
     batch, length = scores.shape
     width = chosen_width(count, width)
     whole = valid is None and isinstance(count, int) and 0 < width <= min(count, length)
-    if whole and scores.dtype in (torch.float32, torch.float64) and scores.device.type == "cpu" and not is_compiling():
-        # (Where a look costs no waiting.) As long as no two scores meet at the border, nothing needs an order.
-        taken = scores >= scores.topk(width, sorted=False).values.amin(-1, keepdim=True)
-        if bool((taken.sum(-1) == width).all()):
-            return taken.nonzero()[:, 1].view(batch, width)
+    clear = _clear_choice(scores, width) if whole else None
+    if clear is not None:
+        return clear
     columns = torch.arange(length, device=scores.device)
     merit = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)
     by_rank = (columns if ties is None else inverse(ties)).expand(batch, -1)
@@ -287,6 +285,14 @@ def select(
     # Columns that are not taken go to a place of their own behind the last one, which is cut off again.
     index = torch.full((batch, width + 1), -1, dtype=torch.long, device=scores.device)
     return index.scatter(-1, places, columns.expand(batch, -1))[:, :width]
+
+
+def _clear_choice(scores: Tensor, width: int) -> Tensor | None:
+    """`select` where no two scores meet at the border and a look costs no waiting: it needs no order; else None."""
+    if scores.device.type != "cpu" or scores.dtype not in (torch.float32, torch.float64) or is_compiling():
+        return None
+    taken = scores >= scores.topk(width, sorted=False).values.amin(-1, keepdim=True)
+    return taken.nonzero()[:, 1].view(-1, width) if bool((taken.sum(-1) == width).all()) else None
 
 
 def inverse(ranks: Tensor) -> Tensor:

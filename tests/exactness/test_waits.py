@@ -19,6 +19,7 @@ from tests.exactness.prompts import KINDS
 from tests.exactness.prompts import batch as prompts
 from tests.scoring.test_learned import saved
 from vprune.attach import Pruning
+from vprune.kernels import reference
 from vprune.models import rotary
 from vprune.passage import Passage
 from vprune.scoring import learned
@@ -84,9 +85,11 @@ def guarded(patched: pytest.MonkeyPatch, guard: Callable[[], Any]) -> None:
 
     patched.setattr(Passage, "enter", watched)
     patched.setattr(Pruning, "_begin", begun)
-    # What is not finite is looked for on the CPU only, where looking costs no waiting; so are positions met before.
+    # What is not finite is looked for on the CPU only, where looking costs no waiting; so are positions met before, and
+    # scores that meet at the border of a choice.
     patched.setattr(learned, "_refuse_nonsense", lambda prefill, maps: None)
     patched.setattr(rotary, "_frequencies", lambda rotary_emb, kind: None)
+    patched.setattr(reference, "_clear_choice", lambda scores, width: None)
 
 
 @pytest.mark.parametrize("options", RECYCLED.values(), ids=RECYCLED)
