@@ -185,12 +185,15 @@ class Painted:
             while True:
                 yield self._painted(next(drawn))
         # Painting is many small kernels: a thread launches the next batch's while the loss of this one goes backward.
-        with ThreadPoolExecutor(1, thread_name_prefix="vprune-paint") as pool:
+        pool = ThreadPoolExecutor(1, thread_name_prefix="vprune-paint")
+        try:
             ahead = pool.submit(lambda: self._painted(next(drawn)))
             while True:
                 painted = ahead.result()
                 ahead = pool.submit(lambda: self._painted(next(drawn)))
                 yield painted
+        finally:  # (whoever lets go of the batches last may be the thread itself, which cannot wait for its own end)
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _painted(self, drawn: tuple[Any, int, Tensor, Tensor, Tensor]) -> Answered:
         scenes, repeats, ids, mask, answer = drawn
