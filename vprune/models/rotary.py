@@ -61,7 +61,8 @@ def rotations(decoder: Any, layer: int, below: bool, hidden: Tensor, positions: 
     told = () if kind is None else (kind,)
     frequencies = _frequencies(rotary, kind) if hidden.device.type == "cpu" and positions.ndim == 2 else None
     if frequencies is None:
-        return rotary(hidden, positions, *told)
+        with torch.inference_mode(False):  # (some keep what they rotate by, and are the model's)
+            return rotary(hidden, positions, *told)
     known = _KNOWN.setdefault(rotary, {})
     found = known[hidden.dtype, kind].of(positions, frequencies) if (hidden.dtype, kind) in known else None
     if found is not None:

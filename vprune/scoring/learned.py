@@ -124,10 +124,9 @@ class Learned:
         odds: dict[int, Tensor] = {}
         for grid, numbers in same_grid([image.grid for image in prefill.images]).items():
             images = [prefill.images[number] for number in numbers]
-            read = beside(partial(network.read, *features.rows(images)), prefill.hidden.device)
-            maps = features.maps(images)
             with torch.inference_mode():  # (a twentieth off the host's time)
-                scores, channels, asked = network.seen(maps, grid, read())
+                read = beside(partial(network.read, *features.rows(images)), prefill.hidden.device)
+                scores, channels, asked = network.seen(features.maps(images), grid, read())
                 told = network.demand(summary(scores, channels, asked)) if self._demand is not None else ()
             # What leaves the block is made outside of it, or nobody could change it.
             found |= dict(zip(numbers, scores.softmax(-1), strict=True))

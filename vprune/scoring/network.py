@@ -107,7 +107,7 @@ class Convolution(nn.Module):
             y = (apart + earlier * self.frames[0] + later * self.frames[1]).flatten(0, 1)
             gain, offset = (one.repeat_interleave(frames, 0) for one in (gain, offset))
         y = pointwise(self.pointwise, kernels.modulate(y, gain, offset))
-        return x + y if self.residual else y
+        return y.add_(x) if self.residual else y
 
 
 def pointwise(convolution: nn.Conv2d, x: Tensor) -> Tensor:
