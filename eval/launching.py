@@ -65,12 +65,22 @@ def _carry_out_one(jobs: Sequence[Job], config: Any) -> str | None:
     from vprune.eval.run import carry_out, plan
 
     del config
+    number = HydraConfig.get().job.num
+    take_turns(number, jobs[number].config["device"])
     try:
         with Path("/dev/null").open("w") as nowhere:
-            carry_out(plan(jobs[HydraConfig.get().job.num]), Console(file=nowhere))
+            carry_out(plan(jobs[number]), Console(file=nowhere))
     except VPruneError as error:
         return str(error)
     return None
+
+
+def take_turns(number: int, device: str) -> None:
+    """Have the runs of a sweep take a machine's GPUs in turn, where `device` names none of them."""
+    import torch
+
+    if device in ("auto", "cuda") and (count := torch.cuda.device_count()) > 1:
+        torch.cuda.set_device(number % count)
 
 
 def _told(returned: Any) -> str | None:

@@ -6,10 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.eval.conftest import Eval
 from vprune.cli import main
-from vprune.eval.launching import split_launcher
+from vprune.eval.launching import split_launcher, take_turns
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = {
@@ -25,6 +26,18 @@ def installed(name: str) -> bool:
 def test_what_chooses_a_launcher_is_told_apart() -> None:
     given = ["method=full", "hydra/launcher=joblib", "keep=0.5", "hydra.launcher.n_jobs=2"]
     assert split_launcher(given) == (["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], ["method=full", "keep=0.5"])
+
+
+@pytest.mark.parametrize(("count", "device", "taken"), [(2, "auto", [0, 1, 0]), (2, "cuda:1", []), (1, "auto", [])])
+def test_the_runs_of_a_sweep_take_the_gpus_in_turn(
+    count: int, device: str, taken: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for number in range(3):
+        take_turns(number, device)
+    assert chosen == taken
 
 
 def test_a_launcher_needs_a_sweep(evaluate: Eval, capsys: pytest.CaptureFixture[str]) -> None:
