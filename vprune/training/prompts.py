@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -38,6 +37,11 @@ class Answered:
 
     def __len__(self) -> int:
         return int(self.answer.shape[0])
+
+
+_LOADERS: list[Any] = []
+"""Loaders with workers, which end with the process: let go of earlier, each worker was waited for, 5 seconds in the
+middle of the training, and complained of in all that were forked later."""
 
 
 class _Reached(Exception):  # noqa: N818 - a signal that is always caught, no error
@@ -178,9 +182,9 @@ class Painted:
         loader: Any = DataLoader(
             self._stream, batch_size=None, num_workers=self.workers, prefetch_factor=4 if self.workers else None
         )
-        if self.workers:
-            gc.collect()  # what is left of earlier loaders would be inherited, and complain in every worker
         drawn = iter(loader)
+        if self.workers:
+            _LOADERS.append(drawn)
         if self.device.type == "cpu":
             while True:
                 yield self._painted(next(drawn))
