@@ -21,10 +21,11 @@ KEEPS = (0.5, 0.25, 0.1, 0.05)
 ASKED = {0.5: 0.995, 0.25: 0.99, 0.1: 0.97, 0.05: 0.9}  # retention; of every kind, at 10%:
 ASKED_OF_KINDS = 0.9
 ABOUT = {
-    "command": "vprune eval -m method=NAME,... keep=0.5,0.25,0.1,0.05 batch_size=128; learned budget=question, too",
-    "hardware": "four NVIDIA H200 of one host, several runs at once on each: seconds are not comparable",
+    "command": "vprune eval -m hydra/launcher=joblib hydra.launcher.n_jobs=10 method=NAME,... keep=0.5,0.25,0.1,0.05 "
+    "batch_size=128; learned budget=question, too",
+    "hardware": "two NVIDIA H200 of one host, several runs at once on each: seconds are not comparable",
     "versions": "torch 2.11.0, transformers 5.17.0, triton 3.6.0",
-    "git_commit": "0e6cbb3 (the runs tell it as 758116a+, files changed since)",
+    "git_commit": "352ae9c (the runs tell it as c1b0a60+, files changed since)",
     "complete": "yes: 27 methods at four budgets, full, learned with budget=question at four",
 }
 Row = dict[str, Any]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from vprune import VPruneError
 from vprune.models.anatomy import dissect
 from vprune.pruner import Pruner
 from vprune.scoring.relevance import answer_places, answered, attentions, relevance
+from vprune.training import prompts
 from vprune.training.effect import Budgeting, answer_logits, border_of, divergence, full_states, gate, gated_states
 from vprune.training.labels import as_label
 from vprune.training.prompts import Answered, Painted, read_prompt, with_answers
@@ -174,6 +177,19 @@ def test_painted_questions_are_true_and_the_same_again() -> None:
     assert torch.equal(first_two(1)[0].inputs["input_ids"], one[1].inputs["input_ids"])
     assert one[0].repeats == 4 and torch.equal(one[0].inputs["pixel_values"][0], one[0].inputs["pixel_values"][3])
     assert not torch.equal(one[0].inputs["pixel_values"][0], one[0].inputs["pixel_values"][4])
+
+
+def test_processes_that_draw_scenes_are_waited_for_at_the_end_alone() -> None:
+    before = set(active_children())
+    stream = iter(Painted(7, 4, "test", torch.device("cpu"), questions=4, workers=1))
+    next(stream)
+    del stream
+    gc.collect()  # (on a GPU's host letting go of them took 5 seconds for each, out of the minutes of the training)
+    (worker,) = set(active_children()) - before
+    assert worker.is_alive()
+    prompts._LOADERS.pop()
+    gc.collect()
+    assert not worker.is_alive()
 
 
 def test_an_image_seen_once_is_the_image_seen_four_times(tiny_vlm: Any, tiny_processor: Any) -> None:
