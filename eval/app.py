@@ -42,20 +42,29 @@ def _print_configurations(overrides: Sequence[str], sweep: bool) -> int:
 
     from vprune.eval.settings import read_jobs
 
+    _, overrides = _launched(overrides, sweep)
     for job in read_jobs(overrides, sweep):
         print(f"# {job.folder}\n{yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True)}")
     return 0
 
 
+def _launched(overrides: Sequence[str], sweep: bool) -> tuple[list[str], list[str]]:
+    """The overrides that choose and set a launcher, and the others."""
+    from vprune.eval.launching import split_launcher
+
+    launcher, others = split_launcher(overrides)
+    if launcher and not sweep:
+        raise VPruneError(f"{launcher[0]} launches the runs of a sweep: add -m")
+    return launcher, others
+
+
 def _run(overrides: Sequence[str], sweep: bool) -> int:
     # What is wrong with the command is told before torch and transformers are imported, which takes seconds.
-    from vprune.eval.launching import launch, split_launcher
+    from vprune.eval.launching import launch
     from vprune.eval.models import resolve
     from vprune.eval.settings import read_jobs
 
-    launcher, overrides = split_launcher(overrides)
-    if launcher and not sweep:
-        raise VPruneError(f"{launcher[0]} launches the runs of a sweep: add -m")
+    launcher, overrides = _launched(overrides, sweep)
     jobs = read_jobs(overrides, sweep)
     for path in dict.fromkeys(job.config["model"]["path"] for job in jobs):
         resolve(path)
