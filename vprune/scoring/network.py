@@ -177,9 +177,7 @@ class ScorerNetwork(nn.Module, PyTorchModelHubMixin):
             self.keys = nn.Linear(config.width, asked + config.contents)  # and contents: the rows are read once
             self.queries = nn.Linear(3 * config.width, asked)
             self.question = nn.Linear(asked, config.channels[0])
-        self.floor = nn.Buffer(
-            torch.tensor(0.01), persistent=False
-        )  # the logarithm of an attention of zero is finite with it
+        self.floor = nn.Buffer(torch.tensor(0.01), persistent=False)  # lest an attention of zero have no logarithm
         self.entry = nn.Conv2d(inputs, config.channels[0], 1)
         befores = (config.channels[0], *config.channels[:-1])
         # Gains, then offsets of what each convolution norms, and what the question adds to them.
@@ -230,9 +228,8 @@ class ScorerNetwork(nn.Module, PyTorchModelHubMixin):
         t, h, w = grid
         tokens = t * h * w
         channels, asked = ([], None) if read is None else read
-        x = pointwise(
-            self.entry, torch.cat([torch.add(self.floor, maps, alpha=tokens).log().transpose(1, 2), *channels], -1)
-        )
+        attention = torch.add(self.floor, maps, alpha=tokens).log()
+        x = pointwise(self.entry, torch.cat([attention.transpose(1, 2), *channels], -1))
         x = x.reshape(-1, *((1, h * w) if self.config.layout == "line" else (h, w)), x.shape[-1])
         norms = self.norms[None] if asked is None else linear(asked, self.modulation.weight, self.norms)
         gains_and_offsets = iter(torch.split(norms, self._widths, -1))

@@ -40,8 +40,8 @@ class Answered:
 
 
 _LOADERS: list[Any] = []
-"""Loaders with workers, which end with the process: let go of earlier, each worker was waited for, 5 seconds in the
-middle of the training, and complained of in all that were forked later."""
+"""Loaders with workers, kept until the process ends. Let go of earlier, each worker is waited for, 5 seconds on a GPU's
+host, in the midst of the training; and workers that were forked later complain of those."""
 
 
 class _Reached(Exception):  # noqa: N818 - a signal that is always caught, no error
