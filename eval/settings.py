@@ -12,7 +12,7 @@ from vprune.amounts import checked_options
 from vprune.errors import VPruneError
 from vprune.eval.models import ATTENTIONS, DTYPES, ModelChoice
 from vprune.eval.overrides import Composed, compose_all, unknown
-from vprune.method_files import read_method
+from vprune.method_files import method_label, method_names, read_method
 
 PRUNING_OPTIONS = ("layer", "recycle", "size_aware", "stages", "budget", "minimum")
 _TOLD_ELSEWHERE = ("model", "method", "benchmark", "keep", "limit", "seed", "blank", "out", "overwrite")
@@ -115,10 +115,21 @@ def _settle(config: dict[str, Any]) -> None:
         config["method"] = {"name": "full", **read_method("full")}
     elif config["keep"] is None:
         config["keep"] = config["method"].get("keep", 0.1)
+    _tell_variation(config)
     for options in (config, config["method"]):
         checked_options(**{key: options.get(key) for key in ("keep", *PRUNING_OPTIONS)})
     for key in ("keep", "seed", *PRUNING_OPTIONS):
         _place(config["method"], key, config[key])
+
+
+def _tell_variation(config: dict[str, Any]) -> None:
+    """What a file says otherwise than the method that it names counts as given: tables tell it beside the name."""
+    method = config["method"]
+    if "file" in method and method["name"] in method_names():
+        plain = read_method(method["name"])
+        for key in PRUNING_OPTIONS:
+            if config[key] is None and method.get(key) != plain.get(key):
+                config[key] = method.get(key)
 
 
 def _place(method: dict[str, Any], key: str, value: Any) -> None:
@@ -167,7 +178,8 @@ def _task_name(config: Mapping[str, Any]) -> str:
 def _run_name(config: Mapping[str, Any], overrides: Sequence[tuple[str, str]]) -> str:
     """Method, keep, and every other override that says more than the folder above does."""
     full = config["method"]["name"] == "full"
-    parts = [str(config["method"]["name"]), str(config["keep"])]
+    method = config["method"]
+    parts = [method_label(str(method.get("file", method["name"]))), str(config["keep"])]
     for key, value in overrides:
         ignored_by_full = full and (key in PRUNING_OPTIONS or key.startswith("method."))
         if key not in _TOLD_ELSEWHERE and not key.startswith("hydra") and not ignored_by_full:

@@ -59,4 +59,10 @@ def _read_file(path: Path) -> dict[str, Any]:
             f"method={path} describes no method: its _target_ is {target!r}, and should be a class of vprune's, such "
             "as vprune.pruner.Pruner; conf/method/ has examples"
         )
+    known = [method for method in method_names() if method != "full"]
+    if config.get("name", known[0]) not in known:
+        raise VPruneError(
+            f"method={path}: name: {config['name']} is no method that it could be a variation of: choose one of "
+            f"{', '.join(known)}, or leave it out, and reports call the method by its file, {path.stem}"
+        )
     return dict(config)

@@ -13,7 +13,7 @@ import yaml
 _TOLD = {"model", "benchmark", "limit", "keep", "blank", "fingerprint", "device"}
 # Given at the top of a configuration, and placed in its method from there.
 _PLACED = {"layer", "recycle", "size_aware", "stages", "cells"}
-_NO_SETTING = {"name", "keep", "seed", "_target_"}
+_NO_SETTING = {"name", "file", "keep", "seed", "_target_"}
 
 
 def variant(config: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]) -> str:
@@ -27,7 +27,8 @@ def variant(config: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]) -> st
         words = [_word(key, value) for key, value in mine.items() if value != plain.get(key)]
     else:
         words = _differing(mine, map(method_settings, peers))
-    return ", ".join([*words, *_differing(_surroundings(config), map(_surroundings, peers))])
+    words += _differing(_surroundings(config), map(_surroundings, peers))
+    return ", ".join(dict.fromkeys(words))  # (an option that the method's own file gives is in both)
 
 
 def method_settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from vprune import VPruneError
+from vprune import VPruneError, load_method
 from vprune.eval.options import entries
-from vprune.eval.settings import read_jobs
+from vprune.eval.reporting.variants import variant
+from vprune.eval.settings import PRUNING_OPTIONS, read_jobs
+from vprune.method_files import read_method
+
+ROOT = Path(__file__).parents[2]
 
 
 def folders(*overrides: str, sweep: bool = False) -> list[str]:
@@ -57,6 +61,33 @@ def test_options_reach_the_method() -> None:
     assert job.config["method"]["scorer"]["layer"] == 1
     (job,) = read_jobs(["method=random"])
     assert job.method_options == {"keep": 0.1, "seed": 0}
+
+
+def test_a_file_may_be_a_variation_of_a_method(tmp_path: Path) -> None:
+    """`name:` says of which: runs are called by it, and what they have otherwise is told as if it had been given."""
+    file = tmp_path / "mine.yaml"
+    text = (ROOT / "conf" / "method" / "learned.yaml").read_text(encoding="utf-8")
+    file.write_text(text.replace("size_aware: true", "size_aware: false\nname: learned\nbudget: question"))
+    swept = read_jobs([f"method=learned,{file}", "keep=0.5"], sweep=True)
+    assert [(job.method, job.folder.name) for job in swept] == [("learned", "learned-0.5"), ("learned", "mine-0.5")]
+    plain, varied = (job.config for job in swept)
+    told = {key: value for key, value in varied.items() if value != plain[key] and key != "method"}
+    assert told == {"size_aware": False, "budget": "question"}
+    assert variant(plain, [plain, varied]) == ""
+    assert sorted(variant(varied, [plain, varied]).split(", ")) == ["budget question", "not size-aware"]
+    (given,) = read_jobs([f"method={file}", "budget=image"])
+    assert (given.config["budget"], given.method_options["budget"]) == ("image", "image")
+    file.write_text(text + "name: full\n")
+    with pytest.raises(VPruneError, match=r"mine\.yaml: name: full is no method .* or leave it out"):
+        read_jobs([f"method={file}"])
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "assets" / "methods").glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_shipped_variation_is_its_method_but_for_its_options(file: Path) -> None:
+    own = read_method(str(file))
+    plain = read_method(own.pop("name"))
+    assert {key for key, value in own.items() if value != plain.get(key)} <= set(PRUNING_OPTIONS)
+    assert load_method(str(file), keep=0.2).keep == 0.2
 
 
 def test_a_model_may_be_an_entry_a_hub_id_or_a_folder(tmp_path: Path) -> None:
