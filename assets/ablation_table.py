@@ -23,7 +23,7 @@ ABOUT = {
     "command": "vprune eval -m method=MAP recycle=KIND size_aware=false,true keep=0.1,0.05 limit=1024 batch_size=128",
     "hardware": "NVIDIA H200",
     "versions": "torch 2.11.0, transformers 5.17.0, triton 3.6.0",
-    "git_commit": "0e6cbb3 (the runs tell it as 758116a+, files changed since)",
+    "git_commit": "2d09531",
     "lead": "mean difference of the answers to the same questions, and its standard error",
 }
 Row = dict[str, Any]

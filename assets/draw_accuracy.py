@@ -46,8 +46,8 @@ def line(label: str, colour: str, file: str, method: str, dash: str = "", **opti
 def lines() -> list[Line]:
     """What is drawn."""
     return [
-        line("learned, budget=question", "#b8402a", "methods-h200", "learned", "3 3", budget="question"),
-        line("learned", "#d1495b", "methods-h200", "learned", budget=None),
+        line("learned, budget=question", "#b8402a", "methods-h200", "learned", "3 3", variant="budget question"),
+        line("learned", "#d1495b", "methods-h200", "learned", variant=""),
         line("restore", "#2a9d6f", "methods-h200", "restore"),
         line("attention_max, recycled", "#1b6ca8", "scenes-h200", "attention_max", "6 4", **RECYCLED),
         line("fastv", "#8a5fbf", "methods-h200", "fastv"),
@@ -69,7 +69,7 @@ def drawn() -> str:
     """The figure."""
     found = lines()
     (full,) = (row for row in recorded("methods-h200") if row["method"] == "full")
-    tokens = sorted({point[0] for point in line("", "", "methods-h200", "learned", budget=None).points})
+    tokens = sorted({point[0] for point in line("", "", "methods-h200", "learned", variant="").points})
     low, high = math.log(tokens[0]) - 0.15, math.log(tokens[-1]) + 0.15
 
     def at(count: float, accuracy: float) -> tuple[float, float]:

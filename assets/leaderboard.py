@@ -22,29 +22,25 @@ ASKED = {0.5: 0.995, 0.25: 0.99, 0.1: 0.97, 0.05: 0.9}  # retention; of every ki
 ASKED_OF_KINDS = 0.9
 ABOUT = {
     "command": "vprune eval -m hydra/launcher=joblib hydra.launcher.n_jobs=10 method=NAME,... keep=0.5,0.25,0.1,0.05 "
-    "batch_size=128; learned budget=question, too",
+    "batch_size=128; of learned two variations among them, assets/methods/*.yaml",
     "hardware": "two NVIDIA H200 of one host, several runs at once on each: seconds are not comparable",
     "versions": "torch 2.11.0, transformers 5.17.0, triton 3.6.0",
-    "git_commit": "352ae9c (the runs tell it as c1b0a60+, files changed since)",
-    "complete": "yes: 27 methods at four budgets, full, learned with budget=question at four",
+    "git_commit": "2d09531",
+    "complete": "yes: 27 methods at four budgets, full, learned with budget=question and without recycling at four",
 }
+QUESTION = "budget question"  # the variant in which every question has a budget of its own
 Row = dict[str, Any]
-
-
-def budget(row: Row) -> str | None:
-    """`question` where every question has a budget of its own."""
-    return "question" if "budget question" in row["variant"] else None
 
 
 def recorded(rows: list[Row]) -> dict[str, Any]:
     """What `docs/results` keeps of the leaderboard."""
-    same = ("method", "keep", "accuracy", "accuracy_stderr", "retention", "tokens_after", "samples", "seconds")
+    same = ("method", "variant", "keep", "accuracy", "accuracy_stderr", "retention", "tokens_after", "samples")
     runs = [
-        {key: row[key] for key in same}
-        | {"budget": budget(row), "by_kind": {kind: round(value, 4) for kind, value in row["by_kind"].items()}}
+        {key: row[key] for key in (*same, "seconds")}
+        | {"by_kind": {kind: round(value, 4) for kind, value in row["by_kind"].items()}}
         for row in rows
     ]
-    return ABOUT | {"runs": sorted(runs, key=lambda run: (run["method"], str(run["budget"]), -run["keep"]))}
+    return ABOUT | {"runs": sorted(runs, key=lambda run: (run["method"], run["variant"], -run["keep"]))}
 
 
 def goals(rows: list[Row]) -> str:
@@ -54,8 +50,8 @@ def goals(rows: list[Row]) -> str:
     lines.append("| asked for, at least | " + " | ".join(f"{100 * ASKED[keep]:g}" for keep in KEEPS) + " |")
     kinds = ["", "| retention at 10%, % | " + " | ".join(full["by_kind"]) + " |"]
     kinds.append("|---|" + "---:|" * len(full["by_kind"]))
-    for label, wanted in (("`learned`", None), ("`learned`, `budget=question`", "question")):
-        runs = {row["keep"]: row for row in rows if row["method"] == "learned" and budget(row) == wanted}
+    for label, wanted in (("`learned`", ""), ("`learned`, `budget=question`", QUESTION)):
+        runs = {row["keep"]: row for row in rows if (row["method"], row["variant"]) == ("learned", wanted)}
         cells = [_cell(runs[keep]["retention"], ASKED[keep]) if keep in runs else "not run" for keep in KEEPS]
         lines.append(f"| {label} | {' | '.join(cells)} |")
         by_kind = [_cell(value / full["by_kind"][kind], ASKED_OF_KINDS) for kind, value in runs[0.1]["by_kind"].items()]
