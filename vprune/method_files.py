@@ -59,6 +59,8 @@ def _read_file(path: Path) -> dict[str, Any]:
             f"method={path} describes no method: its _target_ is {target!r}, and should be a class of vprune's, such "
             "as vprune.pruner.Pruner; conf/method/ has examples"
         )
+    if "name" not in config and path.stem == "full":
+        raise VPruneError(f"method={path}: full is the model without pruning (method=full); call the file otherwise")
     known = [method for method in method_names() if method != "full"]
     if config.get("name", known[0]) not in known:
         raise VPruneError(

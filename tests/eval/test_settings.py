@@ -80,6 +80,10 @@ def test_a_file_may_be_a_variation_of_a_method(tmp_path: Path) -> None:
     file.write_text(text + "name: full\n")
     with pytest.raises(VPruneError, match=r"mine\.yaml: name: full is no method .* or leave it out"):
         read_jobs([f"method={file}"])
+    file = file.rename(tmp_path / "full.yaml")
+    file.write_text(text)
+    with pytest.raises(VPruneError, match=r"full\.yaml: full is the model without pruning .* call the file otherwise"):
+        read_jobs([f"method={file}"])
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "assets" / "methods").glob("*.yaml")), ids=lambda file: file.stem)
