@@ -177,8 +177,8 @@ def _task_name(config: Mapping[str, Any]) -> str:
 
 def _run_name(config: Mapping[str, Any], overrides: Sequence[tuple[str, str]]) -> str:
     """Method, keep, and every other override that says more than the folder above does."""
-    full = config["method"]["name"] == "full"
     method = config["method"]
+    full = method["name"] == "full"
     parts = [method_label(str(method.get("file", method["name"]))), str(config["keep"])]
     for key, value in overrides:
         ignored_by_full = full and (key in PRUNING_OPTIONS or key.startswith("method."))

@@ -62,7 +62,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     if "name" not in config and path.stem == "full":
         raise VPruneError(f"method={path}: full is the model without pruning (method=full); call the file otherwise")
     known = [method for method in method_names() if method != "full"]
-    if config.get("name", known[0]) not in known:
+    if "name" in config and config["name"] not in known:
         raise VPruneError(
             f"method={path}: name: {config['name']} is no method that it could be a variation of: choose one of "
             f"{', '.join(known)}, or leave it out, and reports call the method by its file, {path.stem}"
